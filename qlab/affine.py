@@ -1,0 +1,541 @@
+"""Affine quantization: q = clip(rint(x / s) + z, qmin, qmax) and x̂ = s (q − z).
+
+One body of code serves NumPy arrays and torch tensors. Rounding is half to even, the zero-point is added after
+rounding, and 0 is always represented exactly: bit for bit what ONNX QuantizeLinear and torch.fake_quantize do.
+
+Symbols: x real value, q integer code, x̂ dequantized value, s scale, z zero-point, α and β the ends of the range,
+b bits.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from array_api_compat import array_namespace, is_array_api_obj, is_torch_array
+
+MIN_BITS, MAX_BITS = 2, 16
+
+
+@dataclass(frozen=True)
+class QParams:
+    """Scale, zero-point and code limits of an affine quantizer.
+
+    Parameters
+    ----------
+    scale : float array, > 0
+        Step between neighbouring levels, in the units of the data: 0-d for a whole tensor, of shape ``(C,)`` per
+        axis, of shape ``(..., n / group_size)`` per group.
+    zero_point : int32 array
+        The code that means 0. Same shape as ``scale``.
+    qmin, qmax : int
+        The smallest and the largest code.
+    axis : int or None
+        The axis of the data that ``scale`` runs along.
+    group_size : int or None
+        Length of the groups that the last axis of the data is cut into.
+
+    Raises
+    ------
+    ValueError
+        If a scale is not finite and positive, ``qmin >= qmax``, a zero-point is outside [qmin, qmax], or both
+        ``axis`` and ``group_size`` are given.
+
+    Examples
+    --------
+    >>> QParams(np.float32(0.5), 3, -128, 127)
+    QParams(scale=0.5, zero_point=3, qmin=-128, qmax=127)
+    """
+
+    scale: Any
+    zero_point: Any
+    qmin: int
+    qmax: int
+    axis: int | None = None
+    group_size: int | None = None
+
+    def __post_init__(self):
+        scale = real_array(self.scale, "scale")
+        xp = array_namespace(scale)
+        if not bool(xp.all(scale > 0)):
+            raise ValueError(f"scale must be greater than 0, got {float(xp.min(scale))}")
+        if self.qmin >= self.qmax:
+            raise ValueError(f"qmin must be less than qmax, got {self.qmin} and {self.qmax}")
+        if self.axis is not None and self.group_size is not None:
+            raise ValueError(f"axis and group_size exclude each other, got {self.axis} and {self.group_size}")
+        zero_point = xp.asarray(self.zero_point, dtype=xp.int32)
+        if not bool(xp.all((zero_point >= self.qmin) & (zero_point <= self.qmax))):
+            raise ValueError(f"zero_point must be from {self.qmin} to {self.qmax}, got {self.zero_point}")
+        object.__setattr__(self, "scale", scale)
+        object.__setattr__(self, "zero_point", zero_point)
+
+    def __repr__(self):
+        what = f"scale={_short(self.scale)}, zero_point={_short(self.zero_point)}, qmin={self.qmin}, qmax={self.qmax}"
+        return f"QParams({what}{_if_set('axis', self.axis)}{_if_set('group_size', self.group_size)})"
+
+
+class ErrorSplit(NamedTuple):
+    """Mean squared error in two parts: inside the range (rounding) and outside of it (clipping)."""
+
+    rounding: Any
+    clipping: Any
+
+    @property
+    def total(self):
+        """The mean squared error: rounding + clipping."""
+        return self.rounding + self.clipping
+
+
+def absmax_params(x, bits=8, *, axis=None, group_size=None):
+    """Symmetric quantization parameters that reach the largest magnitude in ``x``.
+
+    s = max|x| / qmax, z = 0 and codes from −qmax to qmax: the code −2^(b−1) is not used.
+
+    Parameters
+    ----------
+    x : float array, any shape
+    bits : int, 2 to 16
+    axis : int or None
+        One scale for each index along this axis; one for the whole array if None.
+    group_size : int or None
+        One scale for each run of ``group_size`` neighbours along the last axis, which it must divide.
+
+    Returns
+    -------
+    QParams
+        scale in the units of ``x`` (1 where all values are 0); zero_point 0.
+
+    Raises
+    ------
+    ValueError
+        If ``x`` is empty or has a NaN or infinity, ``bits`` is out of range, or ``axis`` or ``group_size`` does
+        not fit the shape of ``x``.
+
+    References
+    ----------
+    Gholami et al. 2022, "A survey of quantization methods for efficient neural network inference", section III-C.
+
+    Examples
+    --------
+    >>> p = absmax_params(np.float32([5.47, 3.08, -7.59, 0, -1.95, -4.57, 10.8]))
+    >>> round(float(p.scale), 6), int(p.zero_point), p.qmin, p.qmax
+    (0.085039, 0, -127, 127)
+    """
+    alpha, beta = _observed_range(x, axis, group_size)
+    return _params(alpha, beta, bits, symmetric=True, axis=axis, group_size=group_size)
+
+
+def zero_point_params(x, bits=8, *, axis=None, group_size=None):
+    """Asymmetric quantization parameters that cover the range of ``x``.
+
+    s = (β − α) / (2^b − 1) and z = qmin − rint(α / s), where [α, β] is [min x, max x] widened to hold 0, so that 0
+    is represented exactly.
+
+    Parameters
+    ----------
+    x : float array, any shape
+    bits : int, 2 to 16
+    axis : int or None
+        One scale and zero-point for each index along this axis; one for the whole array if None.
+    group_size : int or None
+        One scale and zero-point for each run of ``group_size`` neighbours along the last axis.
+
+    Returns
+    -------
+    QParams
+        scale in the units of ``x`` (1 where all values are 0); zero_point and limits in integer steps.
+
+    Raises
+    ------
+    ValueError
+        If ``x`` is empty or has a NaN or infinity, ``bits`` is out of range, or ``axis`` or ``group_size`` does
+        not fit the shape of ``x``.
+
+    References
+    ----------
+    Jacob et al. 2018, "Quantization and training of neural networks for efficient integer-arithmetic-only
+    inference", section 2.1 and equation 13.
+
+    Examples
+    --------
+    >>> p = zero_point_params(np.float32([5.47, 3.08, -7.59, 0, -1.95, -4.57, 10.8]))
+    >>> round(float(p.scale), 6), int(p.zero_point)
+    (0.072118, -23)
+    """
+    alpha, beta = _observed_range(x, axis, group_size)
+    return _params(alpha, beta, bits, axis=axis, group_size=group_size)
+
+
+def range_params(alpha, beta, bits=8, *, symmetric=False, narrow=False, signed=True, axis=None):
+    """Quantization parameters for a range [α, β] that you choose.
+
+    Parameters
+    ----------
+    alpha, beta : float or float array of shape ``(C,)``
+        Ends of the range, in the units of the data, ``alpha < beta``. The range is widened to hold 0.
+    bits : int, 2 to 16
+    symmetric : bool
+        s = max(|α|, |β|) / (2^(b−1) − 1) and a zero-point in the middle, as `absmax_params`; always narrow.
+    narrow : bool
+        Leave out the lowest code: 2^b − 2 steps (254 for 8 bits) instead of 2^b − 1 (255).
+    signed : bool
+        Codes around 0 (int8: −128…127) or from 0 up (uint8: 0…255). The levels are the same.
+    axis : int or None
+        The axis of the data that the entries of ``alpha`` and ``beta`` belong to.
+
+    Returns
+    -------
+    QParams
+        A float32 scale when ``alpha`` and ``beta`` are Python numbers, as int8 hardware stores it.
+
+    Raises
+    ------
+    ValueError
+        If an end is NaN or infinite, ``alpha >= beta``, or ``bits`` is out of range.
+
+    References
+    ----------
+    Gholami et al. 2022, equation 3; Nagel et al. 2021, "A white paper on neural network quantization", section 2.2.
+
+    Examples
+    --------
+    >>> range_params(-1.577, 192.344, narrow=True)
+    QParams(scale=0.763469, zero_point=-125, qmin=-127, qmax=127)
+    >>> range_params(-1.577, 192.344, signed=False)
+    QParams(scale=0.760475, zero_point=2, qmin=0, qmax=255)
+    """
+    plain = not (is_array_api_obj(alpha) or is_array_api_obj(beta))
+    alpha, beta = real_array(alpha, "alpha"), real_array(beta, "beta")
+    if not bool((alpha < beta).all()):
+        raise ValueError(f"alpha must be less than beta, got alpha={_short(alpha)} and beta={_short(beta)}")
+    params = _params(alpha, beta, bits, symmetric=symmetric, narrow=narrow, signed=signed, axis=axis)
+    return replace(params, scale=params.scale.astype(np.float32)) if plain else params
+
+
+def quantize(x, params):
+    """Integer codes q = clip(rint(x / s) + z, qmin, qmax).
+
+    Parameters
+    ----------
+    x : float array, any shape
+        NumPy or torch, of the library that ``params`` was made with.
+    params : QParams
+
+    Returns
+    -------
+    int32 array, shape of ``x``
+        int32, so that ``q - z`` cannot overflow in your own arithmetic; ``astype`` to int8 to store it.
+
+    Raises
+    ------
+    ValueError
+        If ``x`` is empty, has a NaN or infinity, or has not the shape that ``params`` asks for.
+
+    References
+    ----------
+    ONNX operator QuantizeLinear.
+
+    Examples
+    --------
+    >>> x = np.float32([5.47, 3.08, -7.59, 0, -1.95, -4.57, 10.8])
+    >>> quantize(x, absmax_params(x)).tolist()
+    [64, 36, -89, 0, -23, -54, 127]
+    """
+    x = real_array(x, "x")
+    xp = array_namespace(x)
+    return xp.astype(_codes(x, params, *_broadcast(params, x, xp), xp), xp.int32)
+
+
+def dequantize(q, params):
+    """Real values x̂ = s (q − z).
+
+    Parameters
+    ----------
+    q : integer array, any shape
+    params : QParams
+
+    Returns
+    -------
+    float array, shape of ``q``, dtype of ``params.scale``
+
+    Raises
+    ------
+    ValueError
+        If ``q`` is empty or has not the shape that ``params`` asks for.
+
+    Examples
+    --------
+    >>> dequantize(np.array([-128, -23, 127]), QParams(0.07211765, -23, -128, 127)).round(4).tolist()
+    [-7.5724, 0.0, 10.8176]
+    """
+    q = real_array(q, "q")
+    xp = array_namespace(q)
+    scale, zero_point = _broadcast(params, q, xp)
+    return scale * (xp.astype(q, scale.dtype) - zero_point)
+
+
+def fake_quantize(x, params):
+    """Quantize and dequantize: the value x̂ that takes the place of x, in floating point.
+
+    Equal bit for bit to ``dequantize(quantize(x, params), params)``. For torch tensors the gradient is that of the
+    straight-through estimator: 1 where the code is inside [qmin, qmax], 0 outside; a scale that requires gradients
+    receives those of LSQ.
+
+    Parameters
+    ----------
+    x : float array, any shape
+    params : QParams
+
+    Returns
+    -------
+    float array, shape of ``x``, dtype of ``params.scale``
+
+    Raises
+    ------
+    ValueError
+        As `quantize`.
+
+    References
+    ----------
+    Jacob et al. 2018, equation 12; Bengio et al. 2013 (straight-through estimator); Esser et al. 2020, "Learned
+    step size quantization", equation 3.
+
+    Examples
+    --------
+    >>> fake_quantize(np.float32([0.2, 0.5, 0.8, 9.0]), range_params(-4, 3, bits=3)).tolist()
+    [0.0, 0.0, 1.0, 3.0]
+    """
+    x = real_array(x, "x")
+    xp = array_namespace(x)
+    scale, zero_point = _broadcast(params, x, xp)
+    q = _codes(x, params, scale, zero_point, xp)
+    return scale * (xp.astype(q, scale.dtype) - zero_point)
+
+
+def mse(x, y):
+    """Mean squared error, mean (x − y)², accumulated in float64.
+
+    Parameters
+    ----------
+    x, y : float arrays of the same shape
+
+    Returns
+    -------
+    float64 scalar, in the squared units of ``x``
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, or an array is empty or has a NaN or infinity.
+
+    Examples
+    --------
+    >>> x = np.float32([5.47, 3.08, -7.59, 0, -1.95, -4.57, 10.8])
+    >>> print(f"{mse(x, fake_quantize(x, absmax_params(x))):.3g}")
+    0.000298
+    """
+    x, y, xp = _same_shape(x, y)
+    return xp.mean((x - y) ** 2)
+
+
+def sqnr_db(x, y):
+    """Signal-to-quantization-noise ratio, 10 log₁₀(Σ x² / Σ (x − y)²), in decibels.
+
+    Parameters
+    ----------
+    x : float array
+        The signal.
+    y : float array of the same shape
+        The signal after quantization.
+
+    Returns
+    -------
+    float64 scalar, in dB
+        Infinite if ``x`` and ``y`` are equal. One more bit is worth about 6 dB.
+
+    Raises
+    ------
+    ValueError
+        As `mse`.
+
+    Examples
+    --------
+    >>> print(f"{sqnr_db(np.float32([3, 4]), np.float32([3, 4.5])):.2f} dB")
+    20.00 dB
+    """
+    x, y, xp = _same_shape(x, y)
+    noise = xp.sum((x - y) ** 2)
+    if float(noise) == 0:
+        return noise + np.inf
+    return 10 * xp.log10(xp.sum(x**2) / noise)
+
+
+def error_split(x, params):
+    """Mean squared error of ``fake_quantize(x, params)``, split into rounding and clipping.
+
+    A value outside of the levels' span [s (qmin − z), s (qmax − z)] is clipped, and its whole error counts as
+    clipping; the error of every other value is rounding. The two parts sum to the mean squared error.
+
+    Parameters
+    ----------
+    x : float array, any shape
+    params : QParams
+
+    Returns
+    -------
+    ErrorSplit
+        ``rounding``, ``clipping`` and ``total``, float64, in the squared units of ``x``.
+
+    Raises
+    ------
+    ValueError
+        As `quantize`.
+
+    References
+    ----------
+    Banner et al. 2019, "Post training 4-bit quantization of convolutional networks for rapid-deployment",
+    section 3.1.
+
+    Examples
+    --------
+    >>> error_split(np.float32([0.25, 1.0, 5.0]), range_params(-4, 3, bits=3)).clipping.round(4)
+    np.float64(1.3333)
+    """
+    x_hat = fake_quantize(x, params)
+    x = real_array(x, "x")
+    xp = array_namespace(x)
+    scale, zero_point = _broadcast(params, x, xp)
+    inside = xp.minimum(xp.maximum(x, scale * (params.qmin - zero_point)), scale * (params.qmax - zero_point))
+    return ErrorSplit(rounding=mse(inside, x_hat), clipping=mse(x, inside))
+
+
+def _params(alpha, beta, bits, *, symmetric=False, narrow=False, signed=True, axis=None, group_size=None):
+    """Parameters for observed ends ``alpha <= beta``, float arrays of one shape."""
+    check_bits(bits)
+    xp = array_namespace(alpha, beta)
+    zero = xp.zeros_like(alpha)
+    alpha, beta = xp.minimum(alpha, zero), xp.maximum(beta, zero)
+    half = 2 ** (bits - 1)
+    qmin, qmax = -half + (narrow or symmetric), half - 1
+    scale = xp.maximum(-alpha, beta) / qmax if symmetric else (beta - alpha) / (qmax - qmin)
+    if not bool(xp.all(xp.isfinite(scale))):
+        raise ValueError(f"beta - alpha must be finite in {scale.dtype}, got {_short(alpha)} and {_short(beta)}")
+    tiny = xp.finfo(scale.dtype).smallest_normal
+    scale = xp.where(beta == alpha, xp.ones_like(scale), xp.maximum(scale, xp.full_like(scale, tiny)))
+    zero_point = zero if symmetric else xp.clip(qmin - xp.round(alpha / scale), qmin, qmax)
+    shift = 0 if signed else half
+    return QParams(scale, xp.astype(zero_point, xp.int32) + shift, qmin + shift, qmax + shift, axis, group_size)
+
+
+def _codes(x, params, scale, zero_point, xp):
+    """Codes as floats, on the way to an integer type or straight back to real values."""
+    u = x / scale
+    rounded = xp.round(u)
+    if is_torch_array(u) and u.requires_grad:
+        rounded = u + (rounded - u).detach()  # straight through: the value is exact, the gradient that of u
+    return xp.clip(rounded + zero_point, params.qmin, params.qmax)
+
+
+def _observed_range(x, axis, group_size):
+    """Smallest and largest value of ``x``, of each slice along ``axis``, or of each group."""
+    x = real_array(x, "x")
+    xp = array_namespace(x)
+    if axis is not None and group_size is not None:
+        raise ValueError(f"axis and group_size exclude each other, got {axis} and {group_size}")
+    over = None
+    if axis is not None:
+        axis = _check_axis(axis, x)
+        over = tuple(i for i in range(x.ndim) if i != axis)
+    elif group_size is not None:
+        _check_group_size(group_size, x)
+        x, over = xp.reshape(x, (*x.shape[:-1], -1, group_size)), -1
+    if over == ():
+        return x, x
+    return xp.min(x, axis=over), xp.max(x, axis=over)
+
+
+def _broadcast(params, x, xp):
+    """Scale and zero-point, both as floats, in a shape that broadcasts against ``x``."""
+    scale, zero_point = params.scale, params.zero_point
+    if not isinstance(scale, type(x)) and is_torch_array(x) != is_torch_array(scale):
+        scale, zero_point = xp.asarray(np.asarray(scale)), xp.asarray(np.asarray(zero_point))
+    zero_point = xp.astype(zero_point, scale.dtype)
+    if params.group_size is not None:
+        _check_group_size(params.group_size, x)
+        expected = (*x.shape[:-1], x.shape[-1] // params.group_size)
+    elif params.axis is not None:
+        axis = _check_axis(params.axis, x)
+        expected = (x.shape[axis],)
+    else:
+        expected = ()
+    if tuple(scale.shape) != expected:
+        raise ValueError(f"scale must have shape {expected} for an array of shape {tuple(x.shape)}, "
+                         f"got {tuple(scale.shape)}")
+    if params.group_size is not None:
+        return (xp.repeat(scale, params.group_size, axis=-1), xp.repeat(zero_point, params.group_size, axis=-1))
+    if params.axis is not None:
+        shape = tuple(-1 if i == axis else 1 for i in range(x.ndim))
+        return xp.reshape(scale, shape), xp.reshape(zero_point, shape)
+    return scale, zero_point
+
+
+def real_array(x, name):
+    """``x`` as a finite, non-empty array of float32 or float64."""
+    if not is_array_api_obj(x):
+        try:
+            x = np.asarray(x)
+        except (TypeError, ValueError):
+            raise ValueError(f"{name} must be an array of real numbers, got {_short(x)}") from None
+    xp = array_namespace(x)
+    if x.dtype not in (xp.float32, xp.float64):
+        if (not is_torch_array(x) and x.dtype.kind not in "biuf") or (is_torch_array(x) and x.is_complex()):
+            raise ValueError(f"{name} must be an array of real numbers, got dtype {x.dtype}")
+        exact_in_float32 = x.dtype.itemsize <= 2
+        x = xp.astype(x, xp.float32 if exact_in_float32 else xp.float64)
+    if 0 in x.shape:
+        raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
+    if not bool(xp.all(xp.isfinite(x))):
+        nan, inf = int(xp.sum(xp.isnan(x))), int(xp.sum(xp.isinf(x)))
+        raise ValueError(f"{name} must be finite, got {nan} NaN and {inf} infinite values")
+    return x
+
+
+def _same_shape(x, y):
+    x, y = real_array(x, "x"), real_array(y, "y")
+    if tuple(x.shape) != tuple(y.shape):
+        raise ValueError(f"x and y must have the same shape, got {tuple(x.shape)} and {tuple(y.shape)}")
+    xp = array_namespace(x, y)
+    return xp.astype(x, xp.float64), xp.astype(y, xp.float64), xp
+
+
+def check_bits(bits):
+    """Raise a ValueError unless ``bits`` is an integer from 2 to 16."""
+    if isinstance(bits, bool) or not isinstance(bits, (int, np.integer)) or not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(f"bits must be an integer from {MIN_BITS} to {MAX_BITS}, got {bits!r}")
+
+
+def _check_axis(axis, x):
+    if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)) or not -x.ndim <= axis < x.ndim:
+        allowed = f"an integer from {-x.ndim} to {x.ndim - 1}" if x.ndim else "None"
+        raise ValueError(f"axis must be {allowed} for an array of shape {tuple(x.shape)}, got {axis!r}")
+    return axis % x.ndim
+
+
+def _check_group_size(group_size, x):
+    length = x.shape[-1] if x.ndim else 0
+    whole = isinstance(group_size, (int, np.integer)) and not isinstance(group_size, bool)
+    if not whole or group_size < 1 or length == 0 or length % group_size:
+        raise ValueError(f"group_size must divide the last axis of an array of shape {tuple(x.shape)}, "
+                         f"got {group_size!r}")
+
+
+def _short(value):
+    """A number or array in few characters, for messages."""
+    if not hasattr(value, "shape"):
+        return repr(value)[:60]
+    flat = np.asarray(value.detach() if hasattr(value, "detach") else value).ravel().tolist()
+    text = [f"{v:.6g}" for v in flat[:3]]
+    return text[0] if not value.shape else f"[{', '.join(text)}{', …' if len(flat) > 3 else ''}]"
+
+
+def _if_set(name, value):
+    return "" if value is None else f", {name}={value}"
