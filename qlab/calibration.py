@@ -159,6 +159,11 @@ class ErrorProfile:
         largest = np.sort(np.abs(np.concatenate([self._x[:tail], self._x[-tail:]])))[-tail:]
         return _interpolate(largest, rank - math.floor(rank))
 
+    def share_outside(self, low, high):
+        """The share of values that are less than ``low`` or more than ``high``, 0 to 1."""
+        below = self._count_below(np.array([low]))[0]
+        return float(below + self.n - self._count_below(np.array([high]), or_equal=True)[0]) / self.n
+
     def mean_absolute_deviation(self):
         """Mean |x − mean|, in the units of the data."""
         below = self._count_below(np.array([self.mean]))

@@ -1,0 +1,385 @@
+"""Lesson 03: where to end the range, and what happens when the data leaves it."""
+
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from types import SimpleNamespace
+
+import ipywidgets as widgets
+import numpy as np
+from matplotlib.collections import LineCollection
+from matplotlib.lines import Line2D
+
+from qlab import calibration
+from qlab.affine import ErrorSplit, QParams, dequantize, range_params
+from qlab.live import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, Explorer, new_figure
+
+_BINS = 360
+_CURVE_POINTS = 60
+_STEPS = 400  # of a range slider
+_FEW_LEVELS = 32  # up to here every level is a full line, beyond it a short tick
+
+CALIBRATORS = {
+    "min-max": lambda profile, bits, linked: calibration.minmax(profile, symmetric=linked),
+    "99.9 %": lambda profile, bits, linked: calibration.percentile(profile, 99.9, symmetric=linked),
+    "MSE": lambda profile, bits, linked: calibration.mse(profile, bits, symmetric=linked),
+    "KL": lambda profile, bits, linked: calibration.entropy(profile, bits),
+    "ACIQ": lambda profile, bits, linked: calibration.aciq(profile, bits),
+}
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """What `clipping` shows for one position of its controls."""
+
+    params: QParams
+    levels: np.ndarray
+    alpha: float
+    beta: float
+    error: ErrorSplit
+    sqnr_db: float
+    clipped: float  # share of the values
+    left: ErrorSplit  # error while alpha moves
+    right: ErrorSplit  # error while beta moves
+    marks: dict  # calibrator: its beta
+    log: bool
+    view: str
+
+
+def clipping(x, bits=4):
+    """Explore how the ends of the range trade rounding error for clipping error.
+
+    Above, the histogram of ``x``, the grid, and the clipped tails. Below, the error as a function of where the range
+    ends: right of 0 while β moves, left of 0 while α moves, the other end held.
+
+    Parameters
+    ----------
+    x : float array or ErrorProfile
+        Any size: a step costs the same for a thousand values and for ten million.
+    bits : int, 2 to 8
+        To start with.
+
+    Returns
+    -------
+    Explorer
+        Controls ``alpha``, ``beta`` (units of ``x``), ``bits``, ``linked`` (the range is [−β, β] and the quantizer
+        symmetric), ``log`` (logarithmic counts) and ``view`` ("all" or "crowd"). Chips: one for each calibrator.
+
+    Raises
+    ------
+    ValueError
+        If ``x`` is empty, has a NaN or infinity or is 0 everywhere, or ``bits`` is not from 2 to 8.
+
+    Examples
+    --------
+    >>> explorer = clipping(np.random.default_rng(0).standard_normal(10_000), bits=4)
+    >>> explorer.set(beta=2.5)
+    >>> print(f"{explorer.readout['mse']:.4f}")
+    0.0125
+    """
+    profile = x if isinstance(x, calibration.ErrorProfile) else calibration.ErrorProfile(x)
+    reach = max(-profile.min, profile.max)
+    if reach == 0:
+        raise ValueError("x must hold a value other than 0, got only zeros")
+    slider = {"step": reach / _STEPS, "readout_format": ".3f" if reach < 100 else ".1f", "layout": {"width": "400px"}}
+    controls = {
+        "alpha": widgets.FloatSlider(-reach, min=-reach, max=0.0, description="α", **slider),
+        "beta": widgets.FloatSlider(reach, min=0.0, max=reach, description="β", **slider),
+        "bits": _bits_slider(bits),
+        "linked": widgets.Checkbox(True, description="linked: α = −β", indent=False, layout={"width": "150px"}),
+        "log": widgets.Checkbox(True, description="log counts", indent=False, layout={"width": "120px"}),
+        "view": widgets.ToggleButtons(options=["all", "crowd"], style={"button_width": "70px"}),
+    }
+    found = {}  # (bits, linked): {calibrator: beta}, filled as chips are pressed
+
+    def jump(calibrator, *, bits, linked, **_):
+        alpha, beta = CALIBRATORS[calibrator](profile, bits, linked)
+        alpha, beta = float(np.clip(alpha, -reach, 0)), float(np.clip(beta, 0, reach))
+        if linked:
+            beta = max(-alpha, beta)
+            alpha = -beta
+        found.setdefault((bits, linked), {})[calibrator] = beta
+        return {"alpha": alpha, "beta": beta}
+
+    ends = reach * np.linspace(1 / _CURVE_POINTS, 1, _CURVE_POINTS)
+
+    @lru_cache(maxsize=32)
+    def curve(alpha, beta, bits):
+        """Error while the end that is None moves; while both move if both are None."""
+        symmetric = alpha is None and beta is None
+        return profile.split(-ends if alpha is None else alpha, ends if beta is None else beta, bits,
+                             symmetric=symmetric)
+
+    def compute(*, alpha, beta, bits, linked, log, view):
+        params = range_params(alpha, beta, bits, symmetric=linked)
+        levels = dequantize(np.arange(params.qmin, params.qmax + 1), params)
+        error = profile.split(alpha, beta, bits, symmetric=linked)
+        with np.errstate(divide="ignore"):
+            sqnr_db = 10 * float(np.log10(np.float64(profile.std**2 + profile.mean**2) / error.total))
+        return Clipping(
+            params, levels, alpha, beta, error, sqnr_db,
+            clipped=profile.share_outside(levels[0], levels[-1]),
+            left=curve(None, None if linked else beta, bits),
+            right=curve(None if linked else alpha, None, bits),
+            marks=dict(found.get((bits, linked), {})),
+            log=log, view=view,
+        )
+
+    def read(result):
+        return {
+            "alpha": result.alpha,
+            "beta": result.beta,
+            "mse": result.error.total,
+            "rounding": result.error.rounding,
+            "clipping": result.error.clipping,
+            "sqnr_db": result.sqnr_db,
+            "clipped_percent": 100 * result.clipped,
+            "scale": float(result.params.scale),
+            "zero_point": int(result.params.zero_point),
+        }
+
+    def couple(name, values):
+        if not values["linked"]:
+            return {}
+        return {"beta": -values["alpha"]} if name == "alpha" else {"alpha": -values["beta"]}
+
+    figure, artists = _clipping_figure(profile, reach, ends)
+    return Explorer(
+        figure, controls, compute, partial(_draw_clipping, artists), read,
+        chips={name: partial(jump, name) for name in CALIBRATORS}, couple=couple,
+        title=f"Clipping {profile.n:,} values",
+        description="Above: histogram of the data, the quantizer's levels as vertical lines, and the clipped tails "
+        "shaded. Below: rounding error, clipping error and their sum against the ends of the range; a dot marks the "
+        "present range.",
+    )
+
+
+def _clipping_figure(profile, reach, ends):
+    with new_figure() as figure:
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1, 1.15])
+        crowd = 4 * max(abs(profile.quantile(0.01)), abs(profile.quantile(0.99)), reach / 100)
+        views = {"all": 1.04 * reach, "crowd": min(crowd, 1.04 * reach)}
+        histograms = {}
+        for view, limit in views.items():
+            counts, edges = profile.histogram(np.linspace(-limit, limit, _BINS + 1))
+            histograms[view] = above.stairs(counts, edges, fill=True, color=SKY, baseline=1e-9)
+        above.set_ylabel("values per bin")
+        levels = LineCollection([], colors=BLACK, linewidths=1, alpha=0.6, animated=True,
+                                transform=above.get_xaxis_transform())
+        above.add_collection(levels, autolim=False)
+        tails = [above.axvspan(0, 1, color=VERMILION, alpha=0.22, lw=0, animated=True) for _ in range(2)]
+        for place, side in ((0.01, "left"), (0.99, "right")):
+            above.text(place, 0.95, "clipped", transform=above.transAxes, ha=side, va="top", color="#9A3F00")
+        lines = [axes.axvline(0, color=BLACK, lw=1.6, ls="--", animated=True) for axes in (above, below) for _ in "αβ"]
+
+        best = profile.mse(-ends, ends, 8).min()
+        power = profile.std**2 + profile.mean**2
+        below.set(yscale="log", ylim=(min(best, power / 10) / 10, 3 * power),
+                  xlabel="end of the range (units of the data)", ylabel="mean squared error")
+        look = {"rounding": {"color": BLUE, "ls": "--"}, "clipping": {"color": VERMILION, "ls": ":"},
+                "total": {"color": BLACK, "ls": "-"}}
+        curves = {(part, side): below.plot([], [], animated=True, **look[part])[0] for part in look for side in "lr"}
+        below.legend([Line2D([], [], **look[part]) for part in look],
+                     ["rounding error", "clipping error", "sum: MSE"], loc="lower left")
+        dots = below.plot([], [], "o", ms=11, color=BLACK, animated=True)[0]
+        colors = dict(zip(CALIBRATORS, (BLACK, SKY, GREEN, PURPLE, ORANGE), strict=True))
+        marks = {  # background: they change when a chip is pressed, not while a slider moves
+            name: (
+                below.axvline(0, ymax=0.42 - 0.08 * i, color=color, lw=3, visible=False),
+                below.annotate(name, (0, 0.42 - 0.08 * i), (6, 0), xycoords=below.get_xaxis_transform(), va="top",
+                               textcoords="offset points", fontsize=13, annotation_clip=True, visible=False),
+            )
+            for i, (name, color) in enumerate(colors.items())
+        }
+        verdict = below.text(0.5, 0.99, "", transform=below.transAxes, ha="center", va="top", fontsize=16,
+                             fontweight="bold", animated=True, bbox={"fc": "white", "ec": "none", "pad": 2})
+    return figure, SimpleNamespace(
+        above=above, below=below, views=views, histograms=histograms, levels=levels, tails=tails, lines=lines,
+        curves=curves, dots=dots, marks=marks, verdict=verdict, ends=ends, scene=None, shown={},
+    )
+
+
+def _draw_clipping(artists, result):
+    scene = result.log, result.view
+    if scene != artists.scene:
+        _draw_scene(artists, *scene)
+    low, high = result.levels[[0, -1]]
+    limit = artists.views[result.view]
+    for tail, start, stop in zip(artists.tails, (-limit, high), (low, limit), strict=True):
+        tail.set_bounds(start, 0, stop - start, 1)
+    height = 1 if result.levels.size <= _FEW_LEVELS else 0.07
+    artists.levels.set_segments([((level, 0), (level, height)) for level in result.levels.tolist()])
+    for line, end in zip(artists.lines, (result.alpha, result.beta) * 2, strict=True):
+        line.set_xdata([end, end])
+    for (part, side), curve in artists.curves.items():
+        errors, positions = (result.left, -artists.ends) if side == "l" else (result.right, artists.ends)
+        curve.set_data(positions, np.maximum(getattr(errors, part), 1e-300))
+    artists.dots.set_data([result.alpha, result.beta], [max(result.error.total, 1e-300)] * 2)
+    if result.marks != artists.shown:
+        _draw_marks(artists, result.marks)
+    artists.verdict.set_text(f"MSE {result.error.total:.3g}    SQNR {result.sqnr_db:.1f} dB")
+
+
+def _draw_marks(artists, marks):
+    artists.shown = marks
+    for name, (line, text) in artists.marks.items():
+        line.set_visible(name in marks)
+        text.set_visible(name in marks)
+        if name in marks:
+            line.set_xdata([marks[name]] * 2)
+            text.xy = marks[name], text.xy[1]
+            at_the_edge = marks[name] > 0.9 * artists.views["all"]
+            text.set(ha="right" if at_the_edge else "left", position=(-6 if at_the_edge else 6, 0))
+
+
+def _draw_scene(artists, log, view):
+    """What calls for a new background: the scale of the counts and the part of the axis shown."""
+    artists.scene = log, view
+    for name, stairs in artists.histograms.items():
+        stairs.set_visible(name == view)
+    top = artists.histograms[view].get_data().values.max()
+    artists.above.set_yscale("log" if log else "linear")
+    artists.above.set_ylim((0.7, 2 * top) if log else (0, 1.06 * top))
+    artists.above.set_xlim(-artists.views[view], artists.views[view])
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What `drift` shows for one position of its controls."""
+
+    alpha: float
+    beta: float
+    gain: float
+    edges: np.ndarray
+    counts: np.ndarray
+    static_db: float
+    dynamic_db: float
+    outside: float
+    static_curve: np.ndarray
+    dynamic_curve: np.ndarray
+
+
+def drift(calibrated_on, new, bits=8):
+    """Explore what a static range does to data that it was not calibrated on.
+
+    The range comes from ``calibrated_on`` and stays. The data that arrives is ``new``, multiplied by a gain. Above,
+    its histogram and the static range; below, the signal-to-noise ratio against the gain, with the static range and
+    with a range measured anew (dynamic).
+
+    Parameters
+    ----------
+    calibrated_on, new : float array or ErrorProfile
+    bits : int, 2 to 8
+        To start with.
+
+    Returns
+    -------
+    Explorer
+        Controls ``gain`` (0.25 to 4, no unit), ``bits``, ``calibrator`` and ``data`` ("new" or "calibration").
+
+    Raises
+    ------
+    ValueError
+        If an array is empty, has a NaN or infinity or is 0 everywhere, or ``bits`` is not from 2 to 8.
+
+    References
+    ----------
+    Nagel et al. 2021, "A white paper on neural network quantization", section 3.1 (static and dynamic ranges).
+    """
+    profiles = {
+        name: data if isinstance(data, calibration.ErrorProfile) else calibration.ErrorProfile(data)
+        for name, data in (("new", new), ("calibration", calibrated_on))
+    }
+    for name, profile in profiles.items():
+        if profile.min == profile.max == 0:
+            raise ValueError(f"{name} data must hold a value other than 0, got only zeros")
+    static_range = lru_cache(lambda calibrator, bits: CALIBRATORS[calibrator](profiles["calibration"], bits, False))
+    dynamic_range = lru_cache(lambda calibrator, bits, data: CALIBRATORS[calibrator](profiles[data], bits, False))
+    gains = np.geomspace(0.25, 4, 65)
+
+    def sqnr(data, alpha, beta, bits):
+        profile = profiles[data]
+        return 10 * np.log10((profile.std**2 + profile.mean**2) / profile.mse(alpha, beta, bits))
+
+    @lru_cache
+    def static_curve(calibrator, bits, data):
+        alpha, beta = static_range(calibrator, bits)
+        return sqnr(data, alpha / gains, beta / gains, bits)
+
+    def compute(*, gain, bits, calibrator, data):
+        alpha, beta = static_range(calibrator, bits)
+        counts, edges = profiles[data].histogram(np.linspace(-1, 1, _BINS + 1) * artists.limit / gain)
+        # Quantizing gain · x over [α, β] is quantizing x over [α, β] / gain: the profile of x serves every gain.
+        dynamic_db = float(sqnr(data, *dynamic_range(calibrator, bits, data), bits))
+        return Drift(
+            alpha, beta, gain, edges * gain, counts, float(sqnr(data, alpha / gain, beta / gain, bits)), dynamic_db,
+            profiles[data].share_outside(alpha / gain, beta / gain), static_curve(calibrator, bits, data),
+            np.full_like(gains, dynamic_db),
+        )
+
+    def read(result):
+        return {
+            "gain": result.gain,
+            "alpha": result.alpha,
+            "beta": result.beta,
+            "outside_percent": 100 * result.outside,
+            "static_sqnr_db": result.static_db,
+            "dynamic_sqnr_db": result.dynamic_db,
+            "lost_db": result.dynamic_db - result.static_db,
+        }
+
+    controls = {
+        "gain": widgets.FloatLogSlider(1.0, base=2, min=-2, max=2, step=0.05, description="gain",
+                                       readout_format=".2f", layout={"width": "400px"}),
+        "bits": _bits_slider(bits),
+        "calibrator": widgets.Dropdown(options=list(CALIBRATORS), description="calibrator", layout={"width": "220px"}),
+        "data": widgets.ToggleButtons(options=["new", "calibration"], style={"button_width": "100px"}),
+    }
+    figure, artists = _drift_figure(profiles, gains)
+    return Explorer(
+        figure, controls, compute, partial(_draw_drift, artists), read,
+        title="A static range meets new data",
+        description="Above: histogram of the data that arrives, the calibrated range, and what falls outside of it. "
+        "Below: signal-to-noise ratio against the gain of the data, with the static range and with a dynamic one.",
+    )
+
+
+def _drift_figure(profiles, gains):
+    with new_figure() as figure:
+        above, below = figure.subplots(2, 1, height_ratios=[1, 1.1])
+        limit = 1.6 * max(abs(end) for profile in profiles.values() for end in (profile.min, profile.max))
+        most = max(profile.histogram(_BINS)[0].max() for profile in profiles.values())
+        above.set(xlim=(-limit, limit), yscale="log", ylim=(0.7, 8 * most), ylabel="values per bin",
+                  xlabel="value (units of the data)")
+        histogram = above.stairs(np.zeros(_BINS), np.linspace(-limit, limit, _BINS + 1), fill=True, color=SKY,
+                                 baseline=1e-9, animated=True)
+        tails = [above.axvspan(0, 1, color=VERMILION, alpha=0.22, lw=0, animated=True) for _ in range(2)]
+        lines = [above.axvline(0, color=BLACK, lw=1.6, ls="--", animated=True) for _ in "αβ"]
+        below.set(xscale="log", xlim=(gains[0], gains[-1]), ylim=(0, 55), ylabel="SQNR (dB)",
+                  xlabel="gain: new data × gain")
+        below.set_xticks([0.25, 0.5, 1, 2, 4], ["¼", "½", "1", "2", "4"])
+        below.minorticks_off()
+        static = below.plot(gains, gains, color=VERMILION, animated=True)[0]
+        dynamic = below.plot(gains, gains, color=BLUE, ls="--", animated=True)[0]
+        dot = below.plot([1], [1], "o", ms=11, color=BLACK, animated=True)[0]
+        below.legend([Line2D([], [], color=VERMILION), Line2D([], [], color=BLUE, ls="--")],
+                     ["static range", "dynamic range"], loc="upper left", ncols=2)
+    return figure, SimpleNamespace(limit=limit, histogram=histogram, tails=tails, lines=lines, static=static,
+                                   dynamic=dynamic, dot=dot)
+
+
+def _draw_drift(artists, result):
+    artists.histogram.set_data(result.counts, result.edges)
+    for tail, start, stop in zip(artists.tails, (-artists.limit, result.beta), (result.alpha, artists.limit),
+                                 strict=True):
+        tail.set_bounds(start, 0, stop - start, 1)
+    for line, end in zip(artists.lines, (result.alpha, result.beta), strict=True):
+        line.set_xdata([end, end])
+    artists.static.set_ydata(result.static_curve)
+    artists.dynamic.set_ydata(result.dynamic_curve)
+    artists.dot.set_data([result.gain], [result.static_db])
+
+
+def _bits_slider(bits):
+    if bits not in range(2, 9):
+        raise ValueError(f"bits must be an integer from 2 to 8, got {bits!r}")
+    return widgets.IntSlider(bits, min=2, max=8, description="bits", layout={"width": "300px"})

@@ -1,0 +1,276 @@
+"""Live figures: controls → compute → draw, one matplotlib picture that follows the hand.
+
+An `Explorer` owns one figure on matplotlib's Agg canvas. Artists marked ``animated=True`` move; everything else is
+background, drawn once and kept as pixels. A step restores the background, draws the moving artists over it and sends
+one PNG to the browser. If ``draw`` changes a background artist (axis limits, say), the figure becomes stale and the
+background is drawn anew: correct, and about ten times slower.
+"""
+
+import base64
+import html
+import io
+from contextlib import contextmanager
+
+import ipywidgets as widgets
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from traitlets import TraitError
+
+# Okabe and Ito's palette, told apart with every kind of colour blindness.
+BLACK, BLUE, SKY, GREEN = "#000000", "#0072B2", "#56B4E9", "#009E73"
+ORANGE, VERMILION, PURPLE, GREY = "#E69F00", "#D55E00", "#CC79A7", "#8C8C8C"
+
+_DPI = 100
+_STYLE = {  # sizes for the back row of a classroom
+    "font.size": 14,
+    "axes.titlesize": 15,
+    "axes.labelsize": 14,
+    "xtick.labelsize": 13,
+    "ytick.labelsize": 13,
+    "legend.fontsize": 13,
+    "lines.linewidth": 2.2,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.dpi": _DPI,
+}
+
+
+@contextmanager
+def new_figure(width=1080, height=560):
+    """Create a figure of ``width`` × ``height`` pixels, in the course's style while the block builds it.
+
+    Examples
+    --------
+    >>> with new_figure() as figure:
+    ...     axes = figure.subplots()
+    """
+    with matplotlib.rc_context(_STYLE):
+        yield Figure(figsize=(width / _DPI, height / _DPI), layout="constrained")
+
+
+class Explorer:
+    """A live figure: move a control and the picture and its numbers follow.
+
+    Parameters
+    ----------
+    figure : matplotlib.figure.Figure
+        With its artists; those that move are created with ``animated=True``.
+    controls : dict of str to ipywidgets widget
+        Each has a ``value``; the names are the keyword arguments of ``compute``.
+    compute : function
+        ``compute(**values) -> result``. Pure: it never draws.
+    draw : function
+        ``draw(result)``. It only moves artists.
+    read : function
+        ``read(result) -> dict`` of the numbers and texts that the figure shows.
+    chips : dict of str to function, optional
+        Buttons. ``function(**values) -> dict`` of the control values to jump to.
+    couple : function, optional
+        ``couple(name, values) -> dict`` of further control values that follow from moving the control ``name``.
+    title : str
+        What the figure is, in a few words.
+    description : str
+        What the figure shows, for those who cannot see it.
+
+    Attributes
+    ----------
+    controls : dict of str to widget
+    chips : dict of str to button
+    readout : dict of str to number or text
+        What the figure shows now.
+    figure : matplotlib.figure.Figure
+    errors : list of Exception
+        Everything that went wrong in a step, oldest first. The message of the last one stands under the figure until
+        a step succeeds.
+    widget : ipywidgets widget
+        Controls, picture, numbers and message together.
+
+    Examples
+    --------
+    >>> with new_figure() as figure:
+    ...     (line,) = figure.subplots().plot([0, 1], [0, 1], animated=True)
+    >>> explorer = Explorer(
+    ...     figure,
+    ...     controls={"slope": widgets.FloatSlider(1.0, min=0, max=2, description="slope")},
+    ...     compute=lambda slope: slope,
+    ...     draw=lambda slope: line.set_ydata([0, slope]),
+    ...     read=lambda slope: {"slope": slope},
+    ...     title="A line",
+    ...     description="A line through the origin.",
+    ... )
+    >>> explorer.set(slope=0.5)
+    >>> explorer.readout
+    {'slope': 0.5}
+    """
+
+    def __init__(self, figure, controls, compute, draw, read, *, title, description, chips=None, couple=None):
+        self.figure, self.controls, self.title, self.description = figure, dict(controls), title, description
+        self.readout, self.errors = {}, []
+        self._compute, self._draw, self._read, self._couple = compute, draw, read, couple
+        self._canvas = FigureCanvasAgg(figure)
+        self._moving = sorted(figure.findobj(lambda artist: artist.get_animated()), key=lambda a: a.get_zorder())
+        self._background = None
+        self._quiet = False
+        self._chip_values = dict(chips or {})
+        self.chips = {label: widgets.Button(description=label, layout={"width": "auto"}) for label in self._chip_values}
+
+        width, _ = self._canvas.get_width_height()
+        self._image = widgets.Image(format="png", layout={"max_width": f"{width}px", "width": "100%"})
+        self._image.tooltip = description
+        self._numbers, self._message = widgets.HTML(), widgets.HTML()
+        row = {"flex_flow": "row wrap", "align_items": "center"}
+        rows = [widgets.HBox(list(self.controls.values()), layout=row)]
+        if self.chips:
+            rows.append(widgets.HBox(list(self.chips.values()), layout=row))
+        self.widget = widgets.VBox([*rows, self._image, self._numbers, self._message])
+
+        self._step(None)
+        if self.errors:
+            raise self.errors[-1]
+        for name, control in self.controls.items():
+            control.observe(lambda change, name=name: self._quiet or self._step(name), names="value")
+        for label, button in self.chips.items():
+            button.on_click(lambda _, label=label: self._press(label))
+
+    def set(self, **values):
+        """Move controls from code, as one step. Raises what goes wrong, and shows it under the figure.
+
+        Raises
+        ------
+        ValueError
+            If there is no such control, or it does not allow the value; the controls stay as they were.
+        """
+        before = {name: control.value for name, control in self.controls.items()}
+        seen = len(self.errors)
+        try:
+            self._assign(values)
+        except ValueError as error:
+            self._assign(before)
+            self._fail(error)
+        else:
+            self._step(*values or [None])
+        if len(self.errors) > seen:
+            raise self.errors[-1]
+
+    def press(self, label):
+        """Press a chip from code. Raises what goes wrong, as `set`."""
+        if label not in self.chips:
+            raise ValueError(f"label must be one of {', '.join(self.chips)}, got {label!r}")
+        seen = len(self.errors)
+        self._press(label)
+        if len(self.errors) > seen:
+            raise self.errors[-1]
+
+    def png(self):
+        """The picture as it is now: bytes of a PNG file."""
+        return self._image.value
+
+    def __repr__(self):
+        values = ", ".join(f"{name}={_text(control.value)}" for name, control in self.controls.items())
+        numbers = "\n".join(f"  {name}: {_text(value)}" for name, value in self.readout.items())
+        return f"{self.title} ({values})\n{numbers}"
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        view = {"version_major": 2, "version_minor": 0, "model_id": self.widget.model_id}
+        data = {
+            "application/vnd.jupyter.widget-view+json": view,
+            "image/png": base64.b64encode(self.png()).decode(),
+            "text/plain": repr(self),
+        }
+        return data, {"image/png": {"alt": self.description}}
+
+    def _step(self, *moved):
+        """One step after the controls named in ``moved``: couple, compute, draw, show."""
+        try:
+            for name in moved:
+                if self._couple and name:
+                    self._assign(self._couple(name, self._values()))
+            result = self._compute(**self._values())
+            self._draw(result)
+            readout = self._read(result)
+            picture = self._render()
+        except Exception as error:
+            self._fail(error)
+            return
+        self.readout = readout
+        self._image.value = picture
+        self._numbers.value = _table(readout)
+        self._message.value = ""
+
+    def _press(self, label):
+        try:
+            values = self._chip_values[label](**self._values())
+            self._assign(values)
+        except Exception as error:
+            self._fail(error)
+        else:
+            self._step(*values)
+
+    def _values(self):
+        return {name: control.value for name, control in self.controls.items()}
+
+    def _assign(self, values):
+        """Set controls without a step for each."""
+        quiet, self._quiet = self._quiet, True
+        try:
+            for name, value in values.items():
+                if name not in self.controls:
+                    raise ValueError(f"there is no control {name!r}; controls are {', '.join(self.controls)}")
+                _check_allowed(name, self.controls[name], value)
+                try:
+                    self.controls[name].value = value
+                except TraitError as error:
+                    raise ValueError(f"{name} cannot be {value!r}: {error}") from None
+        finally:
+            self._quiet = quiet
+
+    def _fail(self, error):
+        self.errors.append(error)
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        self._message.value = (
+            f'<div role="alert" style="color:#B00020; font-size:16px; font-weight:600; line-height:1.4">'
+            f"{html.escape(kind + str(error))}</div>"
+        )
+
+    def _render(self):
+        if self.figure.stale or self._background is None:
+            self._canvas.draw()
+            self.figure.set_layout_engine("none")  # the axes stay where the first drawing put them
+            self._background = self._canvas.copy_from_bbox(self.figure.bbox)
+            self.figure.stale = False
+        else:
+            self._canvas.restore_region(self._background)
+        for artist in self._moving:
+            self.figure.draw_artist(artist)
+        size, pixels, file = self._canvas.get_width_height(), self._canvas.buffer_rgba(), io.BytesIO()
+        picture = Image.frombuffer("RGBA", size, pixels, "raw", "RGBA", 0, 1)
+        picture.convert("RGB").save(file, "png", compress_level=1)
+        return file.getvalue()
+
+
+def _check_allowed(name, control, value):
+    """Sliders move a value that is out of range to their end without a word; say it instead."""
+    low, high = getattr(control, "min", None), getattr(control, "max", None)
+    if low is None or high is None:
+        return
+    if not isinstance(value, (int, float, np.number)) or not low <= value <= high:
+        raise ValueError(f"{name} must be from {_text(low)} to {_text(high)}, got {_text(value)}")
+
+
+def _text(value):
+    if isinstance(value, bool) or not isinstance(value, (float, np.floating)):
+        return str(value)
+    return f"{value:.4g}"
+
+
+def _table(readout):
+    cell = "padding:1px 22px 1px 0; white-space:nowrap; font-size:16px; line-height:1.5"
+    items = (
+        f'<span style="{cell}"><span style="opacity:.75">{html.escape(name.replace("_", " "))}</span> '
+        f"<b>{html.escape(_text(value))}</b></span>"
+        for name, value in readout.items()
+    )
+    return f'<div style="display:flex; flex-wrap:wrap">{"".join(items)}</div>'

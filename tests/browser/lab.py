@@ -1,0 +1,126 @@
+"""A real JupyterLab in a real, headless Chromium: what the browser tests and the benchmarks drive."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+
+TOKEN = "qlab"
+CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+CHROMIUM_FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]
+LAB_FLAGS = [
+    "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", "--ServerApp.port_retries=0",
+    f"--IdentityProvider.token={TOKEN}", "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=",
+    "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+]
+SETTINGS = {
+    "@jupyterlab/apputils-extension:notification": {
+        "fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True,
+    },
+    "@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"},
+    "@jupyterlab/docmanager-extension:plugin": {"autosave": False},
+}
+KERNEL_READY = """() => { const panel = window.jupyterapp?.shell.currentWidget;
+  return !!(panel?.context?.isReady && panel.sessionContext?.session?.kernel?.status === 'idle'); }"""
+ALL_RUN = """() => { const panel = jupyterapp.shell.currentWidget;
+  const code = Array.from(panel.content.model.cells).filter(c => c.type === 'code' && c.sharedModel.source.trim());
+  return panel.sessionContext.session.kernel.status === 'idle' && (code.every(c => c.executionCount)
+    || code.some(c => c.sharedModel.outputs.some(o => o.output_type === 'error'))); }"""
+CELL_ERRORS = """() => Array.from(jupyterapp.shell.currentWidget.content.model.cells).filter(c => c.type === 'code')
+  .flatMap(c => c.sharedModel.outputs.filter(o => o.output_type === 'error').map(o => `${o.ename}: ${o.evalue}`))"""
+
+
+def find_chromium():
+    """Path of the browser, or None."""
+    return os.environ.get("QLAB_CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
+
+
+@contextlib.contextmanager
+def jupyterlab(root):
+    """Serve the folder ``root``; gives the server's address."""
+    with tempfile.TemporaryDirectory(prefix="qlab_lab_", ignore_cleanup_errors=True) as home:
+        config = Path(home, "config")
+        (config / "labconfig").mkdir(parents=True)
+        (config / "labconfig" / "default_setting_overrides.json").write_text(json.dumps(SETTINGS))
+        environment = dict(
+            os.environ, JUPYTER_CONFIG_DIR=str(config), JUPYTER_RUNTIME_DIR=f"{home}/run",
+            JUPYTERLAB_SETTINGS_DIR=f"{home}/settings", JUPYTERLAB_WORKSPACES_DIR=f"{home}/workspaces",
+        )
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "jupyterlab", *LAB_FLAGS, f"--ServerApp.port={port}",
+                   f"--ServerApp.root_dir={root}"]
+        with open(f"{home}/log", "w") as log:
+            server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        address = f"http://127.0.0.1:{port}"
+        try:
+            _wait_for(server, address, Path(home, "log"))
+            yield address
+        finally:
+            server.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.wait(20)
+
+
+@contextlib.contextmanager
+def chromium(width=1280, height=800):
+    """A new page in a browser with an empty profile."""
+    with tempfile.TemporaryDirectory(prefix="qlab_profile_", ignore_cleanup_errors=True) as profile, \
+            sync_playwright() as playwright:
+        context = playwright.chromium.launch_persistent_context(
+            profile, executable_path=find_chromium(), headless=True, args=CHROMIUM_FLAGS,
+            viewport={"width": width, "height": height},
+        )
+        yield context.new_page()
+        context.close()
+
+
+def open_notebook(page, address, name):
+    """Open ``name`` from the served folder and wait for its kernel."""
+    page.goto(f"{address}/doc/workspaces/{Path(name).stem}/tree/{name}?reset&token={TOKEN}",
+              wait_until="domcontentloaded")
+    page.wait_for_function(KERNEL_READY, timeout=120_000)
+
+
+def run_all(page, timeout=180):
+    """Run every cell; gives the errors that cells ended with."""
+    page.evaluate("() => jupyterapp.commands.execute('notebook:run-all-cells')")
+    page.wait_for_function(ALL_RUN, timeout=timeout * 1000)
+    return page.evaluate(CELL_ERRORS)
+
+
+def ask_kernel(page, code):
+    """Execute ``code`` in the notebook's kernel, outside of its cells; gives what it printed."""
+    return page.evaluate(
+        """async code => { const future = jupyterapp.shell.currentWidget.sessionContext.session.kernel
+             .requestExecute({code, store_history: false});
+           let said = '';
+           future.onIOPub = m => { if (m.header.msg_type === 'stream') said += m.content.text;
+                                   if (m.header.msg_type === 'error') said += `${m.content.ename}: ${m.content.evalue}`; };
+           await future.done; return said; }""",
+        code,
+    )
+
+
+def _wait_for(server, address, log):
+    for _ in range(1200):
+        if server.poll() is not None:
+            raise RuntimeError(f"JupyterLab ended at once:\n{log.read_text()[-2000:]}")
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"{address}/api/status?token={TOKEN}", timeout=1).read()
+            return
+        time.sleep(0.05)
+    raise TimeoutError(f"JupyterLab did not answer:\n{log.read_text()[-2000:]}")
