@@ -23,6 +23,7 @@ from traitlets import TraitError
 BLACK, BLUE, SKY, GREEN = "#000000", "#0072B2", "#56B4E9", "#009E73"
 ORANGE, VERMILION, PURPLE, GREY = "#E69F00", "#D55E00", "#CC79A7", "#8C8C8C"
 
+_FOR_SCREEN_READERS = "position:absolute; width:1px; height:1px; margin:0; overflow:hidden; clip-path:inset(50%)"
 _DPI = 100
 _STYLE = {  # sizes for the back row of a classroom
     "font.size": 14,
@@ -39,7 +40,7 @@ _STYLE = {  # sizes for the back row of a classroom
 
 
 @contextmanager
-def new_figure(width=1080, height=560):
+def new_figure(width=1080, height=500):
     """Create a figure of ``width`` × ``height`` pixels, in the course's style while the block builds it.
 
     Examples
@@ -119,13 +120,16 @@ class Explorer:
 
         width, _ = self._canvas.get_width_height()
         self._image = widgets.Image(format="png", layout={"max_width": f"{width}px", "width": "100%"})
-        self._image.tooltip = description
+        caption = widgets.HTML(
+            f'<p style="{_FOR_SCREEN_READERS}">{html.escape(title)}. {html.escape(description)}</p>',
+            layout={"height": "0", "margin": "0"},
+        )
         self._numbers, self._message = widgets.HTML(), widgets.HTML()
         row = {"flex_flow": "row wrap", "align_items": "center"}
         rows = [widgets.HBox(list(self.controls.values()), layout=row)]
         if self.chips:
             rows.append(widgets.HBox(list(self.chips.values()), layout=row))
-        self.widget = widgets.VBox([*rows, self._image, self._numbers, self._message])
+        self.widget = widgets.VBox([*rows, caption, self._image, self._numbers, self._message])
 
         self._step(None)
         if self.errors:

@@ -167,8 +167,7 @@ def _clipping_figure(profile, reach, ends):
                                 transform=above.get_xaxis_transform())
         above.add_collection(levels, autolim=False)
         tails = [above.axvspan(0, 1, color=VERMILION, alpha=0.22, lw=0, animated=True) for _ in range(2)]
-        for place, side in ((0.01, "left"), (0.99, "right")):
-            above.text(place, 0.95, "clipped", transform=above.transAxes, ha=side, va="top", color="#9A3F00")
+        above.legend([levels, tails[0]], ["levels", "clipped"], loc="upper left").set_animated(False)
         lines = [axes.axvline(0, color=BLACK, lw=1.6, ls="--", animated=True) for axes in (above, below) for _ in "αβ"]
 
         best = profile.mse(-ends, ends, 8).min()
