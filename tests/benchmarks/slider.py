@@ -2,7 +2,8 @@
 
 Each path shows the same demo (histogram with grid and clipped tails, error curves, moving marker; 100,000 values)
 in one JupyterLab. Key presses go to the paths in turn, so that whatever else the machine does hits all of them. A
-press is answered when the picture has had its last change and the browser has drawn a frame with it.
+press is answered when the picture has had its last change, an image is loaded and decoded, and the browser has
+painted a frame.
 """
 
 import statistics
@@ -16,7 +17,7 @@ from tests.browser.lab import chromium, jupyterlab, open_notebook, run_all
 SETUP = """
 import warnings
 import bqplot, ipywidgets as widgets, matplotlib.pyplot as plt, numpy as np
-from qlab.affine import dequantize, range_params
+from qlab.affine import dequantize, fake_quantize, mse, range_params
 from qlab.calibration import ErrorProfile
 from qlab.explorers import clipping
 %config InlineBackend.figure_format = "png"
@@ -43,18 +44,19 @@ live
 
 INTERACT = """
 def show(beta):
-    levels, error = grid(beta)
-    figure, (above, below) = plt.subplots(2, 1, figsize=(10.8, 5.6), sharex=True, layout="constrained")
-    above.stairs(counts, edges, fill=True, baseline=1e-9)
-    above.set(yscale="log", ylim=(0.7, 2 * counts.max()), xlim=(edges[0], edges[-1]))
+    params = range_params(-beta, beta, 4, symmetric=True)
+    levels, error = dequantize(np.arange(params.qmin, params.qmax + 1), params), mse(x, fake_quantize(x, params))
+    figure, (above, below) = plt.subplots(2, 1, figsize=(10, 4.7), sharex=True, layout="constrained")
+    above.hist(x, edges, log=True)
+    above.set(ylim=(0.7, 2 * counts.max()), xlim=(edges[0], edges[-1]))
     above.vlines(levels, 0.7, 2 * counts.max(), colors="black", lw=1, alpha=0.6)
     above.axvspan(edges[0], -beta, color="tab:red", alpha=0.22); above.axvspan(beta, edges[-1], color="tab:red", alpha=0.22)
     for side in (-1, 1):
         for part in ("rounding", "clipping", "total"):
             below.plot(side * ends, getattr(curve, part))
         below.axvline(side * beta, ls="--"); above.axvline(side * beta, ls="--")
-        below.plot(side * beta, error.total, "ko", ms=11)
-    below.set(yscale="log", ylim=ylim, title=f"MSE {error.total:.3g}")
+        below.plot(side * beta, error, "ko", ms=11)
+    below.set(yscale="log", ylim=ylim, title=f"MSE {error:.3g}")
     plt.show()
 widgets.interact(show, beta=slider());
 """
@@ -76,7 +78,7 @@ dots = bqplot.Scatter(x=[0, 0], y=[1, 1], scales=below, default_size=120, colors
 top = bqplot.Figure(marks=[bars, levels, tails, ends_above], axes=[bqplot.Axis(scale=xs), bqplot.Axis(scale=counts_scale, orientation="vertical")], animation_duration=0)
 bottom = bqplot.Figure(marks=[curves, ends_below, dots], axes=[bqplot.Axis(scale=xs), bqplot.Axis(scale=ys, orientation="vertical")], animation_duration=0)
 for figure in (top, bottom):
-    figure.layout.width, figure.layout.height = "1080px", "280px"
+    figure.layout.width, figure.layout.height = "1000px", "235px"
 mover, number = slider(), widgets.HTML()
 def move(change):
     beta = change["new"]
@@ -105,14 +107,15 @@ WATCH = """async ({cell, slider}) => {
     let start = 0, last = 0, quiet = null, pending = 0;
     const settle = () => { clearTimeout(quiet); quiet = setTimeout(() => {
       if (pending) return settle(); observer.disconnect(); resolve(last - start); }, 250); };
-    const drawn = () => requestAnimationFrame(() => requestAnimationFrame(() => {
-      last = performance.now(); pending--; settle(); }));
+    const frame = () => new Promise(done => requestAnimationFrame(() => setTimeout(done, 0)));  // after its painting
+    const loaded = image => new Promise(done => image.complete ? done() : image.addEventListener('load', done, {once: true}));
+    const shown = image => image?.src
+      ? Promise.all([loaded(image).then(frame), image.decode().catch(() => 0)]) : frame();
     const observer = new MutationObserver(records => {
       const outside = r => !(r.target.closest ? r.target : r.target.parentElement).closest('.widget-hslider');
       if (!start || !records.some(outside)) return;
-      const image = output.querySelector('img');
       pending++;
-      (image?.src ? image.decode().catch(() => 0) : Promise.resolve()).then(drawn);
+      shown(output.querySelector('img')).then(() => { last = performance.now(); pending--; settle(); });
     });
     observer.observe(output, {subtree: true, childList: true, attributes: true, characterData: true});
     window.addEventListener('keydown', event => { start = event.timeStamp; }, {once: true, capture: true});
