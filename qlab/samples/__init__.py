@@ -3,7 +3,7 @@
 They come from SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0); `qlab.samples.extract` is the script that made them.
 """
 
-from importlib import resources
+from pathlib import Path
 
 import numpy as np
 
@@ -35,7 +35,26 @@ def load(name):
     >>> load("activations").shape
     (128, 576)
     """
-    with resources.files(__name__).joinpath(_FILE).open("rb") as file, np.load(file) as arrays:
+    with np.load(path(_FILE)) as arrays:
         if name not in arrays.files:
             raise ValueError(f"name must be one of {', '.join(sorted(arrays.files))}, got {name!r}")
         return arrays[name].astype(np.float32)
+
+
+def path(name):
+    """Path of a file that ships with the samples, such as "quantize_linear.onnx": a model of one QuantizeLinear node.
+
+    Raises
+    ------
+    ValueError
+        If there is no such file.
+
+    Examples
+    --------
+    >>> path("quantize_linear.onnx").endswith(".onnx")
+    True
+    """
+    file = Path(__file__).with_name(name)
+    if not file.is_file():
+        raise ValueError(f"there is no sample file {name!r}")
+    return str(file)

@@ -1,0 +1,182 @@
+"""Checks for the learner's own functions.
+
+Each ``check_…(function)`` runs the function on a tiny case first and says what was expected and what came; then on
+real data. A wrong answer that a known misconception would give is told which one it is. A function that still
+returns None (or ``...``) is not answered yet, which is no error: a notebook runs to its end with open exercises.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from qlab import calibration, samples
+
+_TINY = np.array([-4.0, -1.0, 0.0, 0.5, 2.0, 6.0])
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check found. ``passed`` is True, False, or None while the exercise is not answered."""
+
+    passed: bool | None
+    text: str
+
+    def __repr__(self):
+        return f"{ {True: '✓', False: '✗', None: '…'}[self.passed]} {self.text}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: how it is written for the learner, its arguments, and what is right."""
+
+    written: str
+    arguments: tuple
+    expected: object
+
+
+def check_clipping_error(function):
+    """Check ``function(x, alpha, beta)``, the mean squared error that clipping to [alpha, beta] makes.
+
+    Examples
+    --------
+    >>> check_clipping_error(lambda x, alpha, beta: np.mean((x - np.clip(x, alpha, beta)) ** 2))
+    ✓ Right, on the tiny case and on 73,728 real activations.
+    >>> check_clipping_error(lambda x, alpha, beta: None)
+    … Not answered yet.
+    """
+
+    def right(x, alpha, beta):
+        return np.mean((x - np.clip(x, alpha, beta)) ** 2)
+
+    def of_the_clipped_only(x, alpha, beta):
+        outside = (x < alpha) | (x > beta)
+        return np.mean((x - np.clip(x, alpha, beta))[outside] ** 2)
+
+    misconceptions = [
+        (of_the_clipped_only, "This is the mean over the clipped values alone. Divide by the number of all values: "
+                              "only then do the clipping and the rounding error sum to the MSE."),
+        (lambda x, alpha, beta: np.sum((x - np.clip(x, alpha, beta)) ** 2),
+         "This is the sum of the squared errors; the MSE is their mean."),
+        (lambda x, alpha, beta: np.mean(np.abs(x - np.clip(x, alpha, beta))),
+         "This is the mean of |error|; the MSE takes the square."),
+        (lambda x, alpha, beta: np.mean((x - np.minimum(x, beta)) ** 2),
+         "Values below alpha are clipped too, not only those above beta."),
+        (lambda x, alpha, beta: np.mean(np.where((x < alpha) | (x > beta), x, 0) ** 2),
+         "A clipped value does not become 0: it becomes the nearest end of the range."),
+    ]
+    x = samples.load("activations")
+    cases = [
+        Case(f"x = {_TINY.tolist()}, alpha = -2, beta = 3", (_TINY, -2.0, 3.0), right(_TINY, -2, 3)),
+        Case("73,728 real activations, alpha = -0.3, beta = 0.5", (x, -0.3, 0.5), right(x, -0.3, 0.5)),
+    ]
+    return _check(function, cases, misconceptions, "Right, on the tiny case and on 73,728 real activations.")
+
+
+def check_percentile_range(function):
+    """Check ``function(x, p)``, the range (alpha, beta) between the (100 − p)-th and the p-th percentile.
+
+    Examples
+    --------
+    >>> check_percentile_range(lambda x, p: (np.percentile(x, 100 - p), np.percentile(x, p)))
+    ✓ Right, on the tiny case and on 73,728 real activations.
+    """
+    misconceptions = [
+        (lambda x, p: (x.min(), np.percentile(x, p)), "Only the upper end is cut. The lower end is the percentile "
+                                                       "100 − p, not the minimum."),
+        (lambda x, p: (np.percentile(x, (100 - p) / 2), np.percentile(x, (100 + p) / 2)),
+         "Here both tails together hold 100 − p percent. That is a convention too (ONNX Runtime's); in this lesson "
+         "each tail holds 100 − p percent."),
+        (lambda x, p: (np.quantile(x, 1 - p / 1e4), np.quantile(x, p / 1e4)),
+         "p is in percent: 99 means 99 of 100, so np.quantile needs p / 100."),
+        (lambda x, p: (-np.percentile(np.abs(x), p), np.percentile(np.abs(x), p)),
+         "This is the percentile of |x|, a symmetric range. Treat the two tails apart."),
+        (lambda x, p: (np.percentile(x, p), np.percentile(x, 100 - p)), "The two ends are swapped: alpha comes first."),
+    ]
+    x = samples.load("activations")
+    tiny = np.arange(0.0, 101.0) - 20
+    cases = [
+        Case("x = −20, −19, …, 80, p = 95", (tiny, 95.0), calibration.percentile(tiny, 95)),
+        Case("73,728 real activations, p = 99.9", (x, 99.9), calibration.percentile(x, 99.9)),
+    ]
+    return _check(function, cases, misconceptions, "Right, on the tiny case and on 73,728 real activations.")
+
+
+def check_best_range(function):
+    """Check ``function(x, bits)``, the beta for which [−beta, beta] quantizes x with the least mean squared error.
+
+    A search over a grid is accepted: the error at the returned beta may exceed the least one by 2 percent.
+
+    Examples
+    --------
+    >>> check_best_range(lambda x, bits: calibration.mse(x, bits, symmetric=True)[1])
+    ✓ Right: within 2 % of the least possible error at 3, 4 and 8 bits.
+    >>> check_best_range(lambda x, bits: np.abs(x).max()).passed
+    False
+    """
+    x = samples.load("activations")
+    profile = calibration.ErrorProfile(x)
+    reach = float(np.abs(x).max())
+    for bits in (4, 3, 8):
+        answer, problem = _call(function, (x, bits))
+        if problem:
+            return problem
+        if np.ndim(answer) or not np.isreal(answer) or not np.isfinite(answer) or not answer > 0:
+            return Verdict(False, f"Expected one positive number, beta; your function gave {_show(answer)}.")
+        beta = float(answer)
+        best = calibration.mse(profile, bits, symmetric=True)[1]
+        least = profile.mse(-best, best, bits, symmetric=True)
+        error = profile.mse(-beta, beta, bits, symmetric=True)
+        if error <= 1.02 * least:
+            continue
+        said = (f"At {bits} bits your beta = {beta:.4g} gives an MSE of {error:.4g}; "
+                f"beta = {best:.4g} gives {least:.4g}.")
+        if np.isclose(beta, reach):
+            hint = " Yours is max |x|: nothing is clipped, and all levels lie far apart."
+        elif np.isclose(beta, least, rtol=0.05):
+            hint = " Yours looks like the least error itself; return the beta that has it."
+        elif beta < 0.1 * best:
+            hint = " Yours is very small: is only the rounding error being minimized? Count what is clipped, too."
+        else:
+            hint = " Try more candidates between 0 and max |x|."
+        return Verdict(False, said + hint)
+    return Verdict(True, "Right: within 2 % of the least possible error at 3, 4 and 8 bits.")
+
+
+def _check(function, cases, misconceptions, praise):
+    for case in cases:
+        answer, problem = _call(function, case.arguments)
+        if problem:
+            return problem
+        if not _same(answer, case.expected):
+            said = f"For {case.written}: expected {_show(case.expected)}, your function gave {_show(answer)}."
+            hints = [hint for wrong, hint in misconceptions if _same(answer, wrong(*case.arguments))]
+            return Verdict(False, "\n  ".join([said, *hints[:1]]))
+    return Verdict(True, praise)
+
+
+def _call(function, arguments):
+    """The function's answer, or a verdict if there is none to judge."""
+    copies = [np.copy(value) if isinstance(value, np.ndarray) else value for value in arguments]
+    try:
+        answer = function(*copies)
+    except Exception as error:
+        return None, Verdict(False, f"Your function raised {type(error).__name__}: {error}")
+    if answer is None or answer is ...:
+        return None, Verdict(None, "Not answered yet.")
+    return answer, None
+
+
+def _same(answer, expected):
+    try:
+        answer, expected = np.asarray(answer, np.float64), np.asarray(expected, np.float64)
+    except (TypeError, ValueError):
+        return False
+    return answer.shape == expected.shape and np.allclose(answer, expected, rtol=1e-4, atol=0)
+
+
+def _show(value):
+    try:
+        numbers = [f"{float(number):.5g}" for number in np.ravel(value)[:6]]
+    except (TypeError, ValueError):
+        return repr(value)[:80]
+    return numbers[0] if np.ndim(value) == 0 else f"({', '.join(numbers)})"

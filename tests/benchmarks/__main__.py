@@ -1,0 +1,24 @@
+"""Print how fast the live figures and the error search are, as ratios: ``python -m tests.benchmarks``."""
+
+import statistics
+import warnings
+
+from tests.benchmarks import search, slider
+
+
+def main():
+    print("Slider to pixels: key press → changed pixels in JupyterLab, 100,000 values, ratio to interact + inline")
+    print(*slider.table(slider.measure()), sep="\n")
+    print("\nThe live figure alone, by number of values (ratio to 100,000)")
+    medians = {size: statistics.median(slider.measure(size=size, paths=("live figure",))["live figure"])
+               for size in (100_000, 1_000_000, 10_000_000)}
+    for size, median in medians.items():
+        print(f"{size:>12,} {median / medians[100_000]:6.2f}   (median {median:.1f} ms)")
+    print(f"\nExact search over {search.RANGES:,} ranges, {search.BITS} bits "
+          f"(direct: {search.DIRECT_SAMPLE} of them, scaled up)")
+    warnings.simplefilter("ignore")  # torch's observers are deprecated; they are a reference here
+    print(*search.table(search.measure(10**power) for power in (5, 6, 7)), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""The live figure by itself: steps, refusals, failures, pixels, what it hands to Jupyter."""
+
+import base64
+import io
+
+import ipywidgets as widgets
+import numpy as np
+import pytest
+from PIL import Image
+
+from qlab.live import Explorer, new_figure
+
+WIDTH, HEIGHT = 320, 200
+
+
+class Line:
+    """An explorer of a line, and a log of what it did: it fails for some slopes, and ``far`` moves an axis limit."""
+
+    def __init__(self, **changes):
+        with new_figure(WIDTH, HEIGHT) as self.figure:
+            self.axes = self.figure.subplots()
+            self.axes.set(xlim=(0, 10), ylim=(-10, 10))
+            (self.line,) = self.axes.plot([2, 8], [0, 0], animated=True)
+        self.computed, self.pictures = [], []
+        controls = {
+            "slope": widgets.FloatSlider(1.0, min=-4, max=4, description="slope"),
+            "mirror": widgets.FloatSlider(0.0, min=-4, max=4, description="mirror"),
+            "zoom": widgets.FloatLogSlider(1.0, base=2, min=-3, max=3, description="zoom"),
+            "style": widgets.Dropdown(options=["-", ":"], description="style"),
+            "far": widgets.Checkbox(False, description="far"),
+        }
+        parts = {
+            "compute": self.compute, "draw": self.draw,
+            "read": lambda result: {"slope": result["slope"], "tenth & more": result["slope"] / 10, "looks": "thin"},
+            "chips": {"steep": lambda **_: {"slope": 3.0}, "broken": self.broken_chip,
+                      "too far": lambda **_: {"slope": -1.0, "mirror": 99.0}},
+            "title": "A <line>", "description": "A line & its slope.",
+        }
+        self.explorer = Explorer(self.figure, controls, **(parts | changes))
+        self.computed.clear()
+        self.images()[0].observe(lambda change: self.pictures.append(change.new), names="value")
+
+    def compute(self, **values):
+        self.computed.append(values)
+        if values["slope"] == 2:
+            raise ZeroDivisionError("a <b>bold</b> slope")
+        if values["slope"] == -3:
+            raise ValueError("slope must not be <-3>")
+        return values
+
+    def draw(self, result):
+        self.line.set_ydata([-result["slope"] * result["zoom"], result["slope"]])
+        self.line.set_linestyle(result["style"])
+        if self.axes.get_xlim()[1] != (20 if result["far"] else 10):
+            self.axes.set_xlim(0, 20 if result["far"] else 10)
+        if result["slope"] == -2:
+            raise RuntimeError("cannot draw <b>down</b>")
+
+    @staticmethod
+    def broken_chip(**values):
+        raise KeyError("no <such> chip")
+
+    def images(self):
+        return [child for child in self.explorer.widget.children if isinstance(child, widgets.Image)]
+
+    def text(self):
+        return "".join(child.value for child in self.explorer.widget.children if isinstance(child, widgets.HTML))
+
+    def values(self):
+        return {name: control.value for name, control in self.explorer.controls.items()}
+
+    def move(self, **values):
+        """As by hand: the widget changes, and no exception may come out of its callback."""
+        for name, value in values.items():
+            self.explorer.controls[name].value = value
+
+
+@pytest.fixture
+def line():
+    return Line()
+
+
+def pixels(png):
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
+
+
+def drawn_anew(figure):
+    """The figure as matplotlib itself saves it, moving artists and all."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=figure.dpi)
+    return pixels(file.getvalue())
+
+
+def test_set_is_one_step(line):
+    line.explorer.set(slope=0.5, mirror=-1.0, style=":")
+    assert [(c["slope"], c["mirror"], c["style"]) for c in line.computed] == [(0.5, -1.0, ":")]
+    assert len(line.pictures) == 1
+    assert line.explorer.readout == {"slope": 0.5, "tenth & more": 0.05, "looks": "thin"}
+    assert "<b>0.05</b>" in line.text()
+    assert "tenth &amp; more" in line.text()
+
+
+def test_set_without_a_value_steps_too(line):
+    line.explorer.set()
+    assert len(line.computed) == 1
+
+
+def test_a_hand_on_the_widget_is_one_step_each(line):
+    line.move(slope=0.5)
+    line.move(far=True)
+    assert len(line.computed) == len(line.pictures) == 2
+    assert line.explorer.readout["slope"] == 0.5
+
+
+@pytest.mark.parametrize("values, part", [
+    ({"slop": 1.0}, "slop"),
+    ({"slope": 4.5}, "from -4 to 4, got 4.5"),
+    ({"slope": -99}, "slope"),
+    ({"slope": float("nan")}, "slope"),
+    ({"slope": "steep"}, "slope"),
+    ({"slope": None}, "slope"),
+    ({"style": "wavy"}, "wavy"),
+    ({"far": "perhaps"}, "far"),
+    ({"zoom": 8.5}, "zoom"),
+    ({"zoom": 0.1}, "zoom"),
+    ({"mirror": -1.0, "slope": 77.0}, "77"),
+    ({"mirror": -1.0, "nonsense": 0}, "nonsense"),
+])
+def test_a_refused_value(line, values, part):
+    line.explorer.set(slope=0.5)
+    before, picture, readout = line.values(), line.explorer.png(), line.explorer.readout
+    with pytest.raises(ValueError, match=part) as caught:
+        line.explorer.set(**values)
+    assert line.values() == before
+    assert line.explorer.png() == picture
+    assert line.explorer.readout == readout
+    assert line.explorer.errors == [caught.value]
+    assert 'role="alert"' in line.text()
+    assert part in line.text()
+
+    line.explorer.set(slope=1.5)
+    assert 'role="alert"' not in line.text()
+    assert line.explorer.png() != picture
+    assert len(line.explorer.errors) == 1
+
+
+@pytest.mark.parametrize("control, value", [
+    ("slope", -4), ("slope", 4.0), ("slope", np.float32(0.5)), ("zoom", 0.125), ("zoom", 3.0), ("zoom", 8.0),
+    ("style", ":"), ("far", True),
+])
+def test_an_allowed_value(line, control, value):
+    line.explorer.set(**{control: value})
+    assert line.values()[control] == value
+
+
+@pytest.mark.parametrize("slope, kind, shown", [
+    (2.0, ZeroDivisionError, "ZeroDivisionError: a &lt;b&gt;bold&lt;/b&gt; slope"),
+    (-2.0, RuntimeError, "RuntimeError: cannot draw &lt;b&gt;down&lt;/b&gt;"),
+    (-3.0, ValueError, ">slope must not be &lt;-3&gt;"),
+])
+def test_a_step_that_fails(line, slope, kind, shown):
+    picture, readout = line.explorer.png(), line.explorer.readout
+    line.move(slope=slope)
+    assert [type(error) for error in line.explorer.errors] == [kind]
+    assert shown in line.text()
+    assert line.explorer.png() == picture
+    assert line.explorer.readout == readout
+
+    line.move(slope=0.25)
+    assert 'role="alert"' not in line.text()
+    np.testing.assert_array_equal(pixels(line.explorer.png()), drawn_anew(line.figure))
+
+    with pytest.raises(kind) as caught:
+        line.explorer.set(slope=slope)
+    assert line.explorer.errors[1:] == [caught.value]
+    assert shown in line.text()
+
+
+@pytest.mark.parametrize("part", ["compute", "draw", "read"])
+def test_broken_from_the_start(part):
+    def broken(*_, **__):
+        raise ZeroDivisionError("from the start")
+
+    with pytest.raises(ZeroDivisionError, match="from the start"):
+        Line(**{part: broken})
+
+
+def test_chip(line):
+    assert {label: button.description for label, button in line.explorer.chips.items()} == {
+        "steep": "steep", "broken": "broken", "too far": "too far"}
+    line.explorer.press("steep")
+    assert line.explorer.readout["slope"] == line.values()["slope"] == 3
+    line.explorer.set(slope=1.0)
+    line.explorer.chips["steep"].click()
+    assert line.explorer.readout["slope"] == 3
+    assert len(line.computed) == 3
+
+
+@pytest.mark.parametrize("label, kind, shown", [
+    ("broken", KeyError, "no &lt;such&gt; chip"), ("too far", ValueError, "mirror must be"),
+])
+def test_a_chip_that_fails(line, label, kind, shown):
+    before, picture = line.values(), line.explorer.png()
+    line.explorer.chips[label].click()
+    assert shown in line.text()
+    assert line.explorer.png() == picture
+    with pytest.raises(kind):
+        line.explorer.press(label)
+    assert len(line.explorer.errors) == 2
+    line.explorer.press("steep")
+    assert 'role="alert"' not in line.text()
+    assert line.values() == before | {"slope": 3.0}
+
+
+def test_a_chip_that_fails_leaves_the_controls(line):
+    before = line.values()
+    with pytest.raises(ValueError, match="mirror"):
+        line.explorer.press("too far")
+    assert line.values() == before
+
+
+def test_no_such_chip(line):
+    with pytest.raises(ValueError, match="steep, broken, too far, got 'flat'"):
+        line.explorer.press("flat")
+
+
+def test_coupled_controls_move_as_one_step():
+    def couple(name, values):
+        return {"mirror": -values["slope"]} if name == "slope" else {"slope": -values["mirror"]}
+
+    line = Line(couple=couple)
+    for control, other, by in (("slope", "mirror", line.move), ("mirror", "slope", line.explorer.set)):
+        line.computed.clear()
+        by(**{control: 1.5})
+        assert line.values()[other] == -1.5
+        assert [c[other] for c in line.computed] == [-1.5]
+    assert line.explorer.readout["slope"] == -1.5
+
+
+def test_a_coupling_out_of_range_is_an_error():
+    line = Line(couple=lambda name, values: {"mirror": 3 * values["slope"]})
+    with pytest.raises(ValueError, match="mirror must be from -4 to 4, got 6"):
+        line.explorer.set(slope=2.0)
+    assert line.values()["mirror"] == 0
+
+
+@pytest.mark.parametrize("values", [{}, {"slope": 3.0}, {"far": True}, {"far": True, "slope": -1.0, "style": ":"}])
+def test_the_picture_is_what_matplotlib_draws(line, values):
+    line.explorer.set(**values)
+    assert isinstance(line.explorer.png(), bytes)
+    shown = pixels(line.explorer.png())
+    assert shown.shape == (HEIGHT, WIDTH, 4)
+    assert np.ptp(shown[..., :3]) == 255
+    np.testing.assert_array_equal(shown, drawn_anew(line.figure))
+
+
+def test_back_and_forth_gives_the_same_picture(line):
+    first = line.explorer.png()
+    for values in ({"far": True}, {"slope": -3.5}, {"style": ":"}, {"far": False}):
+        line.explorer.set(**values)
+        assert line.explorer.png() != first
+    line.explorer.set(slope=1.0, style="-")
+    assert line.explorer.png() == first
+
+
+def test_the_background_is_drawn_only_when_it_changes(line, monkeypatch):
+    drawn = []
+    draw = line.axes.xaxis.draw
+    monkeypatch.setattr(line.axes.xaxis, "draw", lambda renderer: drawn.append(1) or draw(renderer))
+    line.explorer.set(slope=0.5)
+    line.explorer.set(slope=0.6)
+    assert not drawn
+    line.explorer.set(far=True)
+    assert drawn
+
+
+def test_what_jupyter_gets(line):
+    line.explorer.set(slope=0.123456789)
+    data, metadata = line.explorer._repr_mimebundle_()
+    assert data["application/vnd.jupyter.widget-view+json"]["model_id"] == line.explorer.widget.model_id
+    assert base64.b64decode(data["image/png"], validate=True) == line.explorer.png()
+    assert Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).format == "PNG"
+    for part in ("A <line>", "slope=0.1235", "slope: 0.1235", "tenth & more: 0.01235", "looks: thin"):
+        assert part in data["text/plain"]
+    assert metadata == {"image/png": {"alt": "A line & its slope."}}
+
+
+def test_words_for_screen_readers(line):
+    assert "A &lt;line&gt;. A line &amp; its slope." in line.text()
+
+
+def test_the_widget_holds_controls_chips_and_picture(line):
+    rows = [set(child.children) for child in line.explorer.widget.children if isinstance(child, widgets.HBox)]
+    assert rows == [set(line.explorer.controls.values()), set(line.explorer.chips.values())]
+    assert [image.value for image in line.images()] == [line.explorer.png()]

@@ -1,0 +1,167 @@
+"""What holds for the project as a whole: requirements, light imports, floors, no machine's paths."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+ROOT = Path(__file__).parents[1]
+CONDA_NAMES = {  # where they differ from PyPI's
+    "isal": "python-isal", "matplotlib": "matplotlib-base", "playwright": "playwright-python", "torch": "pytorch",
+}
+FLOORS = {
+    "floats": 1, "affine": 1, "samples": 1,
+    "calibration": 2,
+    "ptq": 3, "qat": 3, "integer": 3, "outliers": 3, "smoothquant": 3, "spinquant": 3,
+    "digits": 4, "smollm": 4,
+    "live": 5, "explorers": 5, "exercises": 5,
+}
+SOURCES = sorted((ROOT / "qlab").rglob("*.py"))
+MACHINE_PATH = re.compile(r"(?<![\w.~:/)}>*$-])/(?:work|root|tmp|home|Users|mnt|opt)/\w|\b[A-Z]:\\Users")
+
+
+def pypi_requirements():
+    """Conda's name: version limits, out of pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    listed = project["dependencies"] + project["optional-dependencies"]["test"]
+    wanted = [Requirement(line) for line in (*listed, f"python{project['requires-python']}")]
+    return {CONDA_NAMES.get(r.name, r.name): r.specifier for r in wanted}
+
+
+def conda_requirements(environment):
+    """Name: version limits, without pip and what it installs."""
+    names_and_limits = {}
+    for line in environment["dependencies"]:
+        if line != "pip" and not isinstance(line, dict):
+            name, limits = re.fullmatch(r"([\w.-]+)\s*(.*)", line).groups()
+            assert name not in names_and_limits, f"{name} is listed twice"
+            names_and_limits[name] = SpecifierSet(re.sub(r"^=(?!=)", "==", limits))
+    return names_and_limits
+
+
+def imported(source):
+    """Modules of qlab that a source file imports, anywhere in it: {"affine", …}."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: write imports out from qlab on"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("qlab.")}
+    return found
+
+
+def upward_imports(module, source):
+    """What ``module`` imports from a floor above its own; "" is the package itself, which imports nothing."""
+    return {name for name in imported(source) if FLOORS[name] > FLOORS.get(module, 0)}
+
+
+def loaded_by(statement):
+    """Top-level names of the modules in a fresh interpreter after ``statement``."""
+    code = f"{statement}\nimport sys; print(*{{name.split('.')[0] for name in sys.modules}})"
+    return set(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                              check=True).stdout.split())
+
+
+def project_files():
+    """Paths of the files that are in version control or are about to be."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout of the repository")
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [ROOT / name for name in listed if name != "LICENSE" and (ROOT / name).is_file()]
+
+
+def test_conda_and_pip_ask_for_the_same():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert conda_requirements(environment) == pypi_requirements()
+
+
+def test_conda_installs_the_project_itself():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["channels"] == ["conda-forge"]
+    assert environment["dependencies"][-2:] == ["pip", {"pip": ["--editable ."]}]
+
+
+def test_every_package_of_the_source_is_installed():
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in SOURCES}
+    assert folders == set(packages)
+
+
+@pytest.mark.parametrize("statement, unwanted", [
+    ("import qlab", {"torch", "matplotlib", "ipywidgets", "numpy"}),
+    ("from qlab import affine", {"torch", "matplotlib", "ipywidgets"}),
+    ("from qlab import calibration", {"torch", "matplotlib", "ipywidgets"}),
+    ("from qlab import samples", {"torch", "matplotlib", "ipywidgets"}),
+    ("from qlab import live", {"torch"}),
+    ("from qlab import explorers", {"torch"}),
+])
+def test_import_stays_light(statement, unwanted):
+    loaded = loaded_by(statement)
+    assert "qlab" in loaded
+    assert not unwanted & loaded
+
+
+def test_the_package_imports_its_modules_when_they_are_used():
+    assert "numpy" in loaded_by("import qlab; qlab.affine.QParams")
+    assert loaded_by("import qlab; assert not hasattr(qlab, 'no_such_module')") >= {"qlab"}
+
+
+def test_floors_cover_the_modules():
+    modules = {path.relative_to(ROOT / "qlab").parts[0].removesuffix(".py") for path in SOURCES}
+    assert modules - {"__init__"} <= set(FLOORS)
+    assert {"affine", "calibration", "live"} <= modules
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_lower_floors_import_no_upper_ones(path):
+    module = path.relative_to(ROOT / "qlab").parts[0].removesuffix(".py")
+    assert not upward_imports(module, path.read_text())
+
+
+@pytest.mark.parametrize("module, source, upward", [
+    ("affine", "from qlab.calibration import minmax", {"calibration"}),
+    ("affine", "def f():\n    import qlab.live", {"live"}),
+    ("calibration", "from qlab import affine, live", {"live"}),
+    ("__init__", "from qlab.affine import mse", {"affine"}),
+    ("live", "from qlab.explorers.ranges import drift", set()),
+])
+def test_upward_imports_are_noticed(module, source, upward):
+    assert upward_imports(module, source) == upward
+
+
+def test_no_file_names_a_place_on_one_machine():
+    files = project_files()
+    assert ROOT / "qlab" / "affine.py" in files
+    found = []
+    for path in files:
+        content = path.read_bytes()
+        if b"\0" not in content:
+            lines = enumerate(content.decode().splitlines(), 1)
+            found += [f"{path.relative_to(ROOT)}:{i}: {line.strip()[:100]}" for i, line in lines
+                      if MACHINE_PATH.search(line)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("line, is_one", [
+    ("open('{}/x.npy')".format("/work"), True),
+    ("{}/me/data".format("/home"), True),
+    ("cd {}/qlab".format("/root"), True),
+    (r"C:{}sers\me".format(r"\U"), True),
+    ("https://example.org/work/1", False),
+    ("{home}/tmp/x", False),
+    ("notebooks/work/a.ipynb", False),
+])
+def test_machine_paths_are_noticed(line, is_one):
+    assert bool(MACHINE_PATH.search(line)) == is_one
