@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from array_api_compat import array_namespace, is_array_api_obj, is_torch_array
+from array_api_compat import array_namespace as compat_namespace
+from array_api_compat import is_array_api_obj, is_torch_array
 
 MIN_BITS, MAX_BITS = 2, 16
 
@@ -497,6 +498,14 @@ def real_array(x, name):
         nan, inf = int(xp.sum(xp.isnan(x))), int(xp.sum(xp.isinf(x)))
         raise ValueError(f"{name} must be finite, got {nan} NaN and {inf} infinite values")
     return x
+
+
+def array_namespace(*arrays):
+    """The module with the array functions: NumPy 2 as it is, torch through array_api_compat.
+
+    (The compat layer of NumPy would import all of NumPy: 10 MB that no function here needs.)
+    """
+    return compat_namespace(*arrays) if any(map(is_torch_array, arrays)) else np
 
 
 def _same_shape(x, y):

@@ -99,7 +99,7 @@ def test_a_control_over_its_whole_range(name, setting, control):
         explorer.set(**{control: value})
         assert explorer.controls[control].value == pytest.approx(value)
         assert_sound(explorer)
-        pictures.append(explorer.png())
+        pictures.append(bytes(explorer.png()))
     assert pictures[0] != pictures[-1]
     assert len(set(pictures)) >= 0.7 * len(steps)
 
@@ -231,7 +231,15 @@ def test_clipping_of_unusual_data(x):
         explorer.set(linked=linked)
         for chip in ("min-max", "MSE"):
             explorer.press(chip)
-            assert_sound(explorer)
+            assert_reads_directly(explorer, np.asarray(x))  # a grid that holds each value has an SQNR of infinity
+
+
+def test_drift_of_data_that_the_grid_holds():
+    steps = np.arange(256, dtype=np.float32)
+    explorer = drift(steps, steps)
+    assert explorer.readout["static_sqnr_db"] == explorer.readout["dynamic_sqnr_db"] == np.inf
+    explorer.set(bits=7)
+    assert_sound(explorer)
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -29,7 +29,7 @@ def markdown(notebook):
 
 
 def prose(notebook):
-    return [PICTURE.sub(r" \1 (", CODE_OR_MATHS.sub(" x ", source)) for source in markdown(notebook)]
+    return [PICTURE.sub(r" \1 (", CODE_OR_MATHS.sub("x", source)) for source in markdown(notebook)]
 
 
 def outputs(notebook):
@@ -146,14 +146,13 @@ def sound_notebook():
     figure = new_output("display_data", {"image/png": "aGk=", "text/plain": "figure"},
                         metadata={"image/png": {"alt": "A histogram."}})
     cells = [
-        new_markdown_cell("# Lesson\n\nWhere $n!$ and `a != b!` stand, and 3! = 6? ![A grid](grid.png) Simple.\n\n"
+        new_markdown_cell("# Lesson\n\nWhere $n!$ and `a != b!` stand. ![A grid](grid.png) Simple.\n\n"
                           "```python\nprint('simply!')\n```\n<img src='x.png' alt='A curve'>"),
         new_code_cell("from qlab import samples", execution_count=1),
         new_code_cell("figure  # import torch", execution_count=2, outputs=[figure]),
         new_markdown_cell("What you saw."),
         new_code_cell("\n".join(["torch_free = 1"] * MOST_LINES), execution_count=3),
     ]
-    cells[0].source = cells[0].source.replace(", and 3! = 6?", ".")
     return new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
 
 

@@ -1,0 +1,227 @@
+"""Live figures under a learner's hands: keys, mouse and Run All in a real JupyterLab."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from tests.browser.lab import ask_kernel, chromium, find_chromium, jupyterlab, open_notebook, run_all
+
+if not find_chromium() and not os.environ.get("CI"):
+    pytest.skip("no Chromium: install it, or name it in QLAB_CHROMIUM", allow_module_level=True)
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+LESSONS = sorted(path.name for path in NOTEBOOKS.glob("*.ipynb"))
+SMALL = {  # variable: the code that makes its figure
+    "live": 'clipping(samples.load("activations"), bits=4)',
+    "moved": 'drift(samples.load("activations"), samples.load("new_activations"))',
+}
+SLIDERS = [("live", "α", "alpha", "mse"), ("live", "β", "beta", "mse"), ("live", "bits", "bits", "mse"),
+           ("moved", "gain", "gain", "static_sqnr_db"), ("moved", "bits", "bits", "dynamic_sqnr_db")]
+HARMLESS = (  # messages of JupyterLab itself that have nothing to do with a figure
+    "favicon.ico",
+)
+PIXELS = """image => { if (!image?.complete || !image.naturalWidth) return null;
+  const canvas = document.createElement('canvas'), [w, h] = [image.naturalWidth, image.naturalHeight];
+  canvas.width = w; canvas.height = h; const context = canvas.getContext('2d'); context.drawImage(image, 0, 0);
+  const words = new Uint32Array(context.getImageData(0, 0, w, h).data.buffer);
+  return [w, h, new Set(words).size, words.reduce((hash, word) => Math.imul(hash ^ word, 16777619), 7)].join(); }"""
+CHANGED = f"([image, before]) => {{ const now = ({PIXELS})(image); return now && now !== before && now; }}"
+NUMBER = """([figure, name]) => { const cell = Array.from(figure.querySelectorAll('.widget-html span'))
+  .find(span => span.querySelector('b') && span.firstElementChild.textContent === name);
+  return cell ? cell.querySelector('b').textContent : null; }"""
+VIEWS = """() => Array.from(jupyterapp.shell.currentWidget.content.model.cells).filter(c => c.type === 'code')
+  .flatMap(c => c.sharedModel.outputs).filter(o => o.data?.['application/vnd.jupyter.widget-view+json']).length"""
+
+
+class Figure:
+    """One live figure in the page; ``variable`` is its name in the kernel."""
+
+    def __init__(self, page, output, variable=None):
+        self.page, self.output, self.variable = page, output, variable
+
+    def image(self):
+        return self.output.locator("img").element_handle()
+
+    def pixels(self):
+        self.page.wait_for_function(PIXELS, arg=self.image())
+        return self.image().evaluate(PIXELS)
+
+    def wait_for_change(self, before):
+        return self.page.wait_for_function(CHANGED, arg=[self.image(), before], timeout=10_000).json_value()
+
+    def number(self, name):
+        return self.page.evaluate(NUMBER, [self.output.element_handle(), name.replace("_", " ")])
+
+    def handle(self, label):
+        row = self.output.locator(".widget-hslider", has=self.page.locator(f".widget-label:text-is('{label}')"))
+        return row.locator(".noUi-handle")
+
+    def press(self, label, key):
+        """Press a key on a slider; gives the pixels that it has led to."""
+        before = self.pixels()
+        self.handle(label).press(key)
+        return self.wait_for_change(before)
+
+    def kernel(self, expression):
+        return json.loads(ask_kernel(self.page, f"import json; print(json.dumps({self.variable}.{expression}))"))
+
+    def alert(self):
+        return self.output.locator("[role=alert]")
+
+    def assert_agrees_with_the_kernel(self, *names):
+        readout = self.kernel("readout")
+        for name in names:
+            assert float(self.number(name)) == pytest.approx(readout[name], rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A server of a copy of the lessons and of one small notebook."""
+    if not find_chromium():
+        pytest.fail("no Chromium, and CI must not skip these tests")
+    folder = tmp_path_factory.mktemp("lab")
+    for lesson in LESSONS:
+        shutil.copy(NOTEBOOKS / lesson, folder)
+    imports = "from qlab import samples\nfrom qlab.explorers import clipping, drift"
+    cells = [imports, *(f"{name} = {code}\n{name}" for name, code in SMALL.items())]
+    notebook = new_notebook(cells=[new_code_cell(cell) for cell in cells],
+                            metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+    nbformat.write(notebook, folder / "small.ipynb")
+    with jupyterlab(folder) as address, chromium(height=1400) as page:
+        yield address, page
+
+
+@pytest.fixture(scope="module")
+def said(lab):
+    """What the browser's console says of errors, from now on."""
+    messages = []
+    page = lab[1]
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.on("console", lambda message: messages.append(f"{message.text} {message.location.get('url', '')}")
+            if message.type == "error" else None)
+    return messages
+
+
+@pytest.fixture(scope="module")
+def figures(lab, said):
+    address, page = lab
+    open_notebook(page, address, "small.ipynb")
+    assert run_all(page) == []
+    outputs = page.locator(".jp-OutputArea-output", has=page.locator("img"))
+    outputs.nth(1).wait_for()
+    return {name: Figure(page, outputs.nth(i), name) for i, name in enumerate(SMALL)}
+
+
+@pytest.fixture
+def live(figures):
+    """The clipping figure, back at the range that it starts with."""
+    figures["live"].handle("β").press("End")
+    figures["live"].page.wait_for_function("([f, g]) => g == f.querySelectorAll('[role=alert]').length",
+                                           arg=[figures["live"].output.element_handle(), 0])
+    return figures["live"]
+
+
+@pytest.mark.parametrize("variable", SMALL)
+def test_the_picture_has_the_figures_size(figures, variable):
+    figure = figures[variable]
+    width, height, colors, _ = map(int, figure.pixels().split(","))
+    assert [width, height] == figure.kernel("figure.bbox.size.astype(int).tolist()")
+    assert colors > 20
+    assert 0.5 * width < figure.image().bounding_box()["width"] <= width + 1
+
+
+@pytest.mark.parametrize("variable, label, control, number", SLIDERS)
+def test_arrow_keys(figures, variable, label, control, number):
+    figure = figures[variable]
+    start, value = figure.pixels(), figure.kernel(f"controls['{control}'].value")
+    there, back = ("ArrowRight", "ArrowLeft") if control in ("alpha", "gain") else ("ArrowLeft", "ArrowRight")
+    moved = figure.press(label, there)
+    assert figure.kernel(f"controls['{control}'].value") != value
+    figure.assert_agrees_with_the_kernel(number)
+    assert figure.press(label, back) == start != moved
+    assert figure.kernel(f"controls['{control}'].value") == pytest.approx(value)
+    figure.assert_agrees_with_the_kernel(number)
+
+
+def test_dragging(live):
+    before, beta = live.pixels(), live.kernel("controls['beta'].value")
+    box, mouse = live.handle("β").bounding_box(), live.page.mouse
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    mouse.move(x, y)
+    mouse.down()
+    mouse.move(x - 30, y, steps=3)
+    halfway = live.wait_for_change(before)  # while the button is still down
+    mouse.move(x - 80, y, steps=5)
+    live.wait_for_change(halfway)
+    mouse.up()
+    live.page.wait_for_function(f"arg => ({NUMBER})(arg) === arg[2]", arg=[
+        live.output.element_handle(), "beta", f"{live.kernel('controls[\"beta\"].value'):.4g}"])
+    live.assert_agrees_with_the_kernel("alpha", "beta", "mse", "rounding", "clipping", "sqnr_db", "clipped_percent")
+    assert live.kernel("controls['beta'].value") < 0.8 * beta
+    assert live.kernel("controls['alpha'].value") == -live.kernel("controls['beta'].value")
+
+
+def test_chip(live):
+    before = live.pixels()
+    live.output.get_by_role("button", name="MSE").click()
+    live.wait_for_change(before)
+    live.assert_agrees_with_the_kernel("beta", "mse")
+    assert 0 < live.kernel("readout['beta']") < 0.9 * live.kernel("controls['beta'].max")
+
+
+@pytest.mark.parametrize("label, key", [("α", "End"), ("β", "Home")])
+def test_no_range_at_all(live, label, key):
+    before = live.pixels()
+    live.handle(label).press(key)
+    live.alert().wait_for()
+    assert "alpha" in live.alert().inner_text()
+    assert "beta" in live.alert().inner_text()
+    assert live.pixels() == before
+    live.press("β", "PageUp")
+    live.alert().wait_for(state="detached")
+    live.assert_agrees_with_the_kernel("beta", "mse")
+
+
+def test_a_broken_callback_says_so(live):
+    ask_kernel(live.page, "def broken(**_): raise KeyError('no <b>levels</b>')\nkept, live._compute = live._compute, broken")
+    before = live.pixels()
+    try:
+        live.handle("bits").press("ArrowRight")
+        live.alert().wait_for()
+        assert "KeyError" in live.alert().inner_text()
+        assert "no <b>levels</b>" in live.alert().inner_text()
+        assert live.alert().bounding_box()["y"] >= sum(live.image().bounding_box()[side] for side in ("y", "height"))
+        assert live.pixels() == before
+    finally:
+        ask_kernel(live.page, "live._compute = kept")
+    live.press("bits", "ArrowRight")
+    live.alert().wait_for(state="detached")
+
+
+def test_there_are_lessons():
+    assert LESSONS
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_lesson(lab, said, lesson):
+    address, page = lab
+    open_notebook(page, address, lesson)
+    assert run_all(page) == []
+    outputs = page.locator(".jp-OutputArea-output:visible", has=page.locator(".jupyter-widgets img"))
+    shown = page.evaluate(VIEWS)
+    assert outputs.count() == shown > 0
+    for i in range(shown):
+        width, height, colors, _ = map(int, Figure(page, outputs.nth(i)).pixels().split(","))
+        assert width > 300 < 3 * height
+        assert colors > 20
+    first = Figure(page, outputs.first)
+    assert first.press("bits", "ArrowRight")
+
+
+def test_the_console_is_quiet(figures, said):
+    assert not [message for message in said if not any(known in message for known in HARMLESS)]
