@@ -127,10 +127,8 @@ class Explorer:
         )
         self._numbers, self._message = widgets.HTML(), widgets.HTML()
         row = {"flex_flow": "row wrap", "align_items": "center"}
-        rows = [widgets.HBox(list(self.controls.values()), layout=row)]
-        if self.chips:
-            rows.append(widgets.HBox(list(self.chips.values()), layout=row))
-        self.widget = widgets.VBox([*rows, caption, self._image, self._numbers, self._message])
+        controls = widgets.HBox([*self.controls.values(), *self.chips.values()], layout=row)
+        self.widget = widgets.VBox([controls, caption, self._image, self._numbers, self._message])
 
         self._step(None)
         if self.errors:

@@ -31,6 +31,7 @@ from qlab.affine import (
 SEVEN = np.float32([5.47, 3.08, -7.59, 0, -1.95, -4.57, 10.8])
 ZERO_POINTS = [-128, -23, 0, 3, 127]
 SCALES = [0.0625, 0.0721176, 3.7e-3]  # the first is a power of two
+fails_today = partial(pytest.mark.xfail, strict=True)
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
 
 
@@ -463,3 +464,30 @@ def test_bad_bits_are_named(function, bits):
 def test_bad_arguments_are_named_with_their_value(call, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         call()
+
+
+@fails_today(reason="2 ** (bits - 1) overflows in the small integer type")
+@pytest.mark.parametrize("bits", [np.int8(8), np.uint8(8), np.int16(16)])
+def test_bits_of_small_integer_types(bits):
+    assert repr(range_params(-1, 1, bits)) == repr(range_params(-1, 1, int(bits)))
+
+
+@fails_today(reason="a fraction is cut off; NaN, None and large values raise errors that do not name zero_point")
+@pytest.mark.parametrize("zero_point", [0.5, np.nan, None, "0", 2**40])
+def test_bad_zero_point_is_named(zero_point):
+    with pytest.raises(ValueError, match="^zero_point must be"):
+        QParams(1.0, zero_point, -128, 127)
+
+
+@fails_today(reason="found by NumPy's broadcasting later, or not at all")
+@pytest.mark.parametrize("shape", [2, 4])
+def test_zero_point_of_another_shape_is_named(shape):
+    with pytest.raises(ValueError, match="^zero_point must have shape"):
+        quantize(np.zeros((3, 4)), QParams(np.ones(3), np.zeros(shape), -8, 7, axis=0))
+
+
+@fails_today(reason="a RuntimeWarning comes before the error")
+def test_overflow_of_a_range_does_not_warn():
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="beta - alpha must be finite"):
+        warnings.simplefilter("error")
+        range_params(-1e308, 1e308)

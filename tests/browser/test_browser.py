@@ -34,8 +34,11 @@ CHANGED = f"([image, before]) => {{ const now = ({PIXELS})(image); return now &&
 NUMBER = """([figure, name]) => { const cell = Array.from(figure.querySelectorAll('.widget-html span'))
   .find(span => span.querySelector('b') && span.firstElementChild.textContent === name);
   return cell ? cell.querySelector('b').textContent : null; }"""
+SETTLED = f"arg => Math.abs(({NUMBER})(arg) - arg[2].textContent) < 1e-3"
 VIEWS = """() => Array.from(jupyterapp.shell.currentWidget.content.model.cells).filter(c => c.type === 'code')
   .flatMap(c => c.sharedModel.outputs).filter(o => o.data?.['application/vnd.jupyter.widget-view+json']).length"""
+BREAK = """def broken(**_): raise KeyError('no <b>levels</b>')
+kept, live._compute = live._compute, broken"""
 
 
 class Figure:
@@ -57,9 +60,14 @@ class Figure:
     def number(self, name):
         return self.page.evaluate(NUMBER, [self.output.element_handle(), name.replace("_", " ")])
 
+    def slider(self, label):
+        return self.output.locator(".widget-hslider", has=self.page.locator(f".widget-label:text-is('{label}')"))
+
     def handle(self, label):
-        row = self.output.locator(".widget-hslider", has=self.page.locator(f".widget-label:text-is('{label}')"))
-        return row.locator(".noUi-handle")
+        return self.slider(label).locator(".noUi-handle")
+
+    def readout(self, label):
+        return self.slider(label).locator(".widget-readout")
 
     def press(self, label, key):
         """Press a key on a slider; gives the pixels that it has led to."""
@@ -159,8 +167,7 @@ def test_dragging(live):
     mouse.move(x - 80, y, steps=5)
     live.wait_for_change(halfway)
     mouse.up()
-    live.page.wait_for_function(f"arg => ({NUMBER})(arg) === arg[2]", arg=[
-        live.output.element_handle(), "beta", f"{live.kernel('controls[\"beta\"].value'):.4g}"])
+    live.page.wait_for_function(SETTLED, arg=[live.output.element_handle(), "beta", live.readout("β").element_handle()])
     live.assert_agrees_with_the_kernel("alpha", "beta", "mse", "rounding", "clipping", "sqnr_db", "clipped_percent")
     assert live.kernel("controls['beta'].value") < 0.8 * beta
     assert live.kernel("controls['alpha'].value") == -live.kernel("controls['beta'].value")
@@ -188,7 +195,7 @@ def test_no_range_at_all(live, label, key):
 
 
 def test_a_broken_callback_says_so(live):
-    ask_kernel(live.page, "def broken(**_): raise KeyError('no <b>levels</b>')\nkept, live._compute = live._compute, broken")
+    ask_kernel(live.page, BREAK)
     before = live.pixels()
     try:
         live.handle("bits").press("ArrowRight")
