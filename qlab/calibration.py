@@ -313,7 +313,7 @@ def mse(x, bits=8, *, symmetric=False):
     """The range with the least mean squared error, by search over exact errors.
 
     A thousand ranges between 0 and min-max are tried, then finer ones around the best. Without ``symmetric`` the two
-    ends then move in turn, each over a thousand places, until neither finds less error.
+    ends then move in turn, each over many places, until neither finds less error.
 
     Parameters
     ----------
@@ -352,11 +352,12 @@ def mse(x, bits=8, *, symmetric=False):
         return _around_zero(high * _search(lambda r: profile.mse(-r * high, r * high, bits, symmetric=True)))
     alpha, beta = (_search(lambda r: profile.mse(r * low, r * high, bits)) * end for end in (low, high))
     least = profile.mse(alpha, beta, bits)
+    places = 1000 if bits <= 5 else 200  # few levels make the error jagged, many make it smooth
     while True:
         if high > 0:
-            beta = high * _search(lambda r, alpha=alpha: profile.mse(alpha, r * high, bits), beta / high)
+            beta = high * _search(lambda r, alpha=alpha: profile.mse(alpha, r * high, bits), places, beta / high)
         if low < 0:
-            alpha = low * _search(lambda r, beta=beta: profile.mse(r * low, beta, bits), alpha / low)
+            alpha = low * _search(lambda r, beta=beta: profile.mse(r * low, beta, bits), places, alpha / low)
         before, least = least, profile.mse(alpha, beta, bits)
         if least >= before * (1 - 1e-6):
             return alpha, beta
@@ -501,12 +502,12 @@ def _interpolate(ascending, rank):
     return low + (high - low) * (rank - below)
 
 
-def _search(error, start=None):
-    """The ratio in (0, 1] with the least ``error(ratios)``: a thousand evenly spaced, then finer around the best."""
-    ratios = np.linspace(0.001, 1, 1000)
+def _search(error, places=1000, start=None):
+    """The ratio in (0, 1] with the least ``error(ratios)``: evenly spaced ones and ``start``, then finer around it."""
+    ratios = np.arange(1, places + 1) / places
     if start is not None:
         ratios = np.append(ratios, start)
-    best, width = ratios[np.argmin(error(ratios))], 1e-3
+    best, width = ratios[np.argmin(error(ratios))], 1 / places
     for _ in range(2):
         ratios = np.append(np.linspace(max(best - width, 1e-6), min(best + width, 1), 41), best)
         best, width = ratios[np.argmin(error(ratios))], width / 20

@@ -146,12 +146,10 @@ class Explorer:
         ValueError
             If there is no such control, or it does not allow the value; the controls stay as they were.
         """
-        before = {name: control.value for name, control in self.controls.items()}
         seen = len(self.errors)
         try:
             self._assign(values)
         except ValueError as error:
-            self._assign(before)
             self._fail(error)
         else:
             self._step(*values or [None])
@@ -169,7 +167,7 @@ class Explorer:
 
     def png(self):
         """The picture as it is now: bytes of a PNG file."""
-        return self._image.value
+        return bytes(self._image.value)
 
     def __repr__(self):
         values = ", ".join(f"{name}={_text(control.value)}" for name, control in self.controls.items())
@@ -216,7 +214,8 @@ class Explorer:
         return {name: control.value for name, control in self.controls.items()}
 
     def _assign(self, values):
-        """Set controls without a step for each."""
+        """Set controls without a step for each: all of them, or none and a ValueError."""
+        before = self._values()
         quiet, self._quiet = self._quiet, True
         try:
             for name, value in values.items():
@@ -227,6 +226,10 @@ class Explorer:
                     self.controls[name].value = value
                 except TraitError as error:
                     raise ValueError(f"{name} cannot be {value!r}: {error}") from None
+        except ValueError:
+            for name, value in before.items():
+                self.controls[name].value = value
+            raise
         finally:
             self._quiet = quiet
 
@@ -273,6 +276,8 @@ def _check_allowed(name, control, value):
     low, high = getattr(control, "min", None), getattr(control, "max", None)
     if low is None or high is None:
         return
+    if isinstance(control, widgets.FloatLogSlider):  # its ends are exponents
+        low, high = control.base**low, control.base**high
     if not isinstance(value, (int, float, np.number)) or not low <= value <= high:
         raise ValueError(f"{name} must be from {_text(low)} to {_text(high)}, got {_text(value)}")
 

@@ -467,6 +467,7 @@ def test_bad_arguments_are_named_with_their_value(call, message):
 
 
 @fails_today(reason="2 ** (bits - 1) overflows in the small integer type")
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
 @pytest.mark.parametrize("bits", [np.int8(8), np.uint8(8), np.int16(16)])
 def test_bits_of_small_integer_types(bits):
     assert repr(range_params(-1, 1, bits)) == repr(range_params(-1, 1, int(bits)))
@@ -475,14 +476,14 @@ def test_bits_of_small_integer_types(bits):
 @fails_today(reason="a fraction is cut off; NaN, None and large values raise errors that do not name zero_point")
 @pytest.mark.parametrize("zero_point", [0.5, np.nan, None, "0", 2**40])
 def test_bad_zero_point_is_named(zero_point):
-    with pytest.raises(ValueError, match="^zero_point must be"):
+    with pytest.raises(ValueError, match="zero_point must be"):
         QParams(1.0, zero_point, -128, 127)
 
 
 @fails_today(reason="found by NumPy's broadcasting later, or not at all")
 @pytest.mark.parametrize("shape", [2, 4])
 def test_zero_point_of_another_shape_is_named(shape):
-    with pytest.raises(ValueError, match="^zero_point must have shape"):
+    with pytest.raises(ValueError, match="zero_point must have shape"):
         quantize(np.zeros((3, 4)), QParams(np.ones(3), np.zeros(shape), -8, 7, axis=0))
 
 

@@ -37,7 +37,8 @@ def data(name):
     rng, n = np.random.default_rng(0), 70_000
     values = {"normal": rng.standard_normal, "laplace": lambda n: rng.laplace(0.3, 1, n),
               "uniform": lambda n: rng.uniform(-1, 2, n), "relu": lambda n: np.maximum(rng.standard_normal(n), 0),
-              "heavy": lambda n: rng.standard_t(2, n)}[name](n)
+              "heavy": lambda n: rng.standard_t(2, n),
+              "mixture": lambda n: np.append(rng.normal(-1, 0.1, n // 3), rng.lognormal(0, 1, n - n // 3))}[name](n)
     return values.astype(np.float32)
 
 
@@ -102,13 +103,13 @@ def test_profile_at_block_ends(n):
 @pytest.mark.parametrize("bits", [3, 16])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_many_ranges_at_once_equal_one_by_one(symmetric, bits):
-    alpha, beta = np.linspace(-4, 0.1, 7)[:, None], np.array([0.5, 2.0, 9.0])
+    alpha, beta = np.linspace(-4, 0.1, 4)[:, None], np.array([0.5, 2.0, 9.0])
     profile = ErrorProfile(data("heavy"))
     together = profile.split(alpha, beta, bits, symmetric=symmetric)
     singles = [[profile.split(float(a), float(b), bits, symmetric=symmetric) for b in beta] for a in alpha[:, 0]]
     np.testing.assert_array_equal(np.stack(together, axis=-1), singles)
     np.testing.assert_array_equal(profile.mse(alpha, beta, bits, symmetric=symmetric), together.total)
-    assert together.rounding.shape == together.clipping.shape == (7, 3)
+    assert together.rounding.shape == together.clipping.shape == (4, 3)
     assert isinstance(singles[0][0].total, float)
 
 
@@ -146,13 +147,19 @@ def test_statistics_equal_numpy(name, dtype):
 @given(VALUES)
 def test_statistics_equal_numpy_on_any_data(x):
     assert_statistics_equal(ErrorProfile(x / 100), x / 100)
-    assert_magnitude_quantiles_equal(x, [0.8, 0.99, 1])
 
 
-@fails_today(reason="the two tails overlap, and the values in both are counted twice")
-@pytest.mark.parametrize("shares", [[0.0], [0.25, 0.5], [0.55], [0.6]])
-def test_magnitude_quantile_of_few_values_equals_numpy(shares):
-    assert_magnitude_quantiles_equal(np.array([0.0, 8, 9, 10]), shares)
+@fails_today(reason="the two tails overlap below the middle and in small arrays; values in both are counted twice")
+@PROPERTY
+@given(VALUES)
+def test_magnitude_quantiles_equal_numpy_on_any_data(x):
+    assert_magnitude_quantiles_equal(x, [0, 0.001, 0.3, 0.5, 0.6, 0.8, 0.99, 1])
+
+
+@fails_today(reason="the same")
+@pytest.mark.parametrize(("x", "p"), [([1.0, 2], 99), ([0.0, 8, 9, 10], 60)])
+def test_symmetric_percentile_of_few_values_equals_numpy(x, p):
+    assert percentile(x, p, symmetric=True)[1] == pytest.approx(np.percentile(np.abs(x), p))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -233,16 +240,20 @@ def test_percentile_equals_numpy(p, name):
     np.testing.assert_allclose(percentile(x, p, symmetric=True), (-c, c), rtol=1e-9)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("name", ["sample", "normal", "laplace", "uniform", "relu"])
+@pytest.mark.parametrize(("name", "bits"), [
+    *((name, bits) for name in ["sample", "normal", "laplace", "uniform", "relu"] for bits in [2, 3, 4, 8]),
+    ("mixture", 2), ("mixture", 4), ("mixture", 8),
+    pytest.param("mixture", 3, marks=fails_today(reason="5 % less error at (-0.92, 9.84); each end alone is stuck")),
+])
 def test_no_range_has_less_error_than_mse(name, bits):
     profile = ErrorProfile(data(name))
     alpha, beta = mse(profile, bits)
-    low, high = np.linspace(min(profile.min, 0), 0, 80)[:, None], np.linspace(0, max(profile.max, 0), 81)[1:]
-    assert profile.mse(alpha, beta, bits) <= profile.mse(low, high, bits).min() * 1.001
-    near = np.linspace(0.9, 1.1, 80)
-    if alpha < 0:
-        assert profile.mse(alpha, beta, bits) <= profile.mse(alpha * near[:, None], beta * near, bits).min() * 1.001
+    error, low, high = profile.mse(alpha, beta, bits), min(profile.min, 0), max(profile.max, 0)
+    everywhere = np.linspace(low, 0, 60)[:, None], np.linspace(0, high, 61)[1:]
+    assert error <= profile.mse(*everywhere, bits).min() * 1.001
+    near = np.linspace(0.9, 1.1, 40)
+    nearby = np.maximum(alpha * near, low)[:, None], np.minimum(beta * near, high)
+    assert error <= profile.mse(*nearby, bits).min() * 1.001
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -251,9 +262,11 @@ def test_no_symmetric_range_has_less_error_than_mse(name, bits):
     profile = ErrorProfile(data(name))
     alpha, beta = mse(profile, bits, symmetric=True)
     assert alpha == -beta
-    c = np.linspace(0, max(-profile.min, profile.max), 5001)[1:]
-    least = profile.mse(-c, c, bits, symmetric=True).min()
-    assert profile.mse(alpha, beta, bits, symmetric=True) <= least * 1.001
+    top, error = max(-profile.min, profile.max), profile.mse(alpha, beta, bits, symmetric=True)
+    c = np.linspace(0, top, 5001)[1:]
+    assert error <= profile.mse(-c, c, bits, symmetric=True).min() * 1.001
+    near = np.clip(beta + np.linspace(-1e-3, 1e-3, 301) * top, 1e-6 * top, top)
+    assert error <= profile.mse(-near, near, bits, symmetric=True).min() * (1 + 2e-6)
 
 
 def test_mse_with_one_far_outlier():

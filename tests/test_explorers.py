@@ -231,7 +231,8 @@ def test_clipping_of_unusual_data(x):
         explorer.set(linked=linked)
         for chip in ("min-max", "MSE"):
             explorer.press(chip)
-            assert_reads_directly(explorer, np.asarray(x))  # a grid that holds each value has an SQNR of infinity
+            assert not message(explorer)
+            assert not any(map(np.isnan, explorer.readout.values()))  # infinite, if the grid holds each value
 
 
 def test_drift_of_data_that_the_grid_holds():

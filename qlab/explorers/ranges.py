@@ -74,7 +74,7 @@ def clipping(x, bits=4):
     >>> explorer = clipping(np.random.default_rng(0).standard_normal(10_000), bits=4)
     >>> explorer.set(beta=2.5)
     >>> print(f"{explorer.readout['mse']:.4f}")
-    0.0125
+    0.0127
     """
     profile = x if isinstance(x, calibration.ErrorProfile) else calibration.ErrorProfile(x)
     reach = max(-profile.min, profile.max)
@@ -113,10 +113,8 @@ def clipping(x, bits=4):
         params = range_params(alpha, beta, bits, symmetric=linked)
         levels = dequantize(np.arange(params.qmin, params.qmax + 1), params)
         error = profile.split(alpha, beta, bits, symmetric=linked)
-        with np.errstate(divide="ignore"):
-            sqnr_db = 10 * float(np.log10(np.float64(profile.std**2 + profile.mean**2) / error.total))
         return Clipping(
-            params, levels, alpha, beta, error, sqnr_db,
+            params, levels, alpha, beta, error, float(_sqnr_db(profile, error.total)),
             clipped=profile.share_outside(levels[0], levels[-1]),
             left=curve(None, None if linked else beta, bits),
             right=curve(None if linked else alpha, None, bits),
@@ -294,8 +292,7 @@ def drift(calibrated_on, new, bits=8):
     gains = np.geomspace(0.25, 4, 65)
 
     def sqnr(data, alpha, beta, bits):
-        profile = profiles[data]
-        return 10 * np.log10((profile.std**2 + profile.mean**2) / profile.mse(alpha, beta, bits))
+        return _sqnr_db(profiles[data], profiles[data].mse(alpha, beta, bits))
 
     @lru_cache
     def static_curve(calibrator, bits, data):
@@ -373,6 +370,11 @@ def _draw_drift(artists, result):
     artists.static.set_ydata(result.static_curve)
     artists.dynamic.set_ydata(result.dynamic_curve)
     artists.dot.set_data([result.gain], [result.static_db])
+
+
+def _sqnr_db(profile, error):
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10((profile.std**2 + profile.mean**2) / np.float64(error))
 
 
 def _two_verticals(axes):
