@@ -120,9 +120,10 @@ def check_best_range(function):
         answer, problem = _call(function, (x, bits))
         if problem:
             return problem
-        if np.ndim(answer) or not np.isreal(answer) or not np.isfinite(answer) or not answer > 0:
+        beta = _numbers(answer)
+        if beta is None or beta.ndim or not np.isfinite(beta) or beta <= 0:
             return Verdict(False, f"Expected one positive number, beta; your function gave {_show(answer)}.")
-        beta = float(answer)
+        beta = float(beta)
         best = calibration.mse(profile, bits, symmetric=True)[1]
         least = profile.mse(-best, best, bits, symmetric=True)
         error = profile.mse(-beta, beta, bits, symmetric=True)
@@ -167,16 +168,22 @@ def _call(function, arguments):
 
 
 def _same(answer, expected):
+    answer, expected = _numbers(answer), _numbers(expected)
+    return answer is not None and answer.shape == expected.shape and np.allclose(answer, expected, rtol=1e-4, atol=0)
+
+
+def _numbers(value):
+    """``value`` as a float64 array, or None if it is not made of real numbers."""
     try:
-        answer, expected = np.asarray(answer, np.float64), np.asarray(expected, np.float64)
+        array = np.asarray(value)
+        return array.astype(np.float64) if array.dtype.kind in "biuf" else None
     except (TypeError, ValueError):
-        return False
-    return answer.shape == expected.shape and np.allclose(answer, expected, rtol=1e-4, atol=0)
+        return None
 
 
 def _show(value):
-    try:
-        numbers = [f"{float(number):.5g}" for number in np.ravel(value)[:6]]
-    except (TypeError, ValueError):
+    array = _numbers(value)
+    if array is None:
         return repr(value)[:80]
-    return numbers[0] if np.ndim(value) == 0 else f"({', '.join(numbers)})"
+    numbers = [f"{number:.5g}" for number in array.ravel()[:6]]
+    return numbers[0] if array.ndim == 0 else f"({', '.join(numbers)})"
