@@ -8,8 +8,11 @@ background is drawn anew: correct, and about ten times slower.
 
 import base64
 import html
+import math
 import struct
+import time
 import zlib
+from collections import deque
 from contextlib import contextmanager
 
 import ipywidgets as widgets
@@ -25,6 +28,7 @@ BLACK, BLUE, SKY, GREEN = "#000000", "#0072B2", "#56B4E9", "#009E73"
 ORANGE, VERMILION, PURPLE, GREY = "#E69F00", "#D55E00", "#CC79A7", "#8C8C8C"
 
 _FOR_SCREEN_READERS = "position:absolute; width:1px; height:1px; margin:0; overflow:hidden; clip-path:inset(50%)"
+_ANSWER_SECONDS = 2.0  # how long the browser may take to answer a value set from code
 _DPI = 100
 _STYLE = {  # sizes for the back row of a classroom
     "font.size": 14,
@@ -111,6 +115,8 @@ class Explorer:
     def __init__(self, figure, controls, compute, draw, read, *, title, description, chips=None, couple=None):
         self.figure, self.controls, self.title, self.description = figure, dict(controls), title, description
         self.readout, self.errors = {}, []
+        self._state = {name: control.value for name, control in self.controls.items()}
+        self._sent = {name: deque(maxlen=256) for name in self.controls}  # (time, position) of values set from code
         self._compute, self._draw, self._read, self._couple = compute, draw, read, couple
         self._canvas = FigureCanvasAgg(figure)
         self._moving = sorted(figure.findobj(lambda artist: artist.get_animated()), key=lambda a: a.get_zorder())
@@ -134,7 +140,7 @@ class Explorer:
         if self.errors:
             raise self.errors[-1]
         for name, control in self.controls.items():
-            control.observe(lambda change, name=name: self._quiet or self._step(name), names="value")
+            control.observe(lambda change, name=name: self._moved(name, change["new"]), names="value")
         for label, button in self.chips.items():
             button.on_click(lambda _, label=label: self._press(label))
 
@@ -170,7 +176,7 @@ class Explorer:
         return bytes(self._image.value)
 
     def __repr__(self):
-        values = ", ".join(f"{name}={_text(control.value)}" for name, control in self.controls.items())
+        values = ", ".join(f"{name}={_text(value)}" for name, value in self._state.items())
         numbers = "\n".join(f"  {name}: {_text(value)}" for name, value in self.readout.items())
         return f"{self.title} ({values})\n{numbers}"
 
@@ -188,8 +194,8 @@ class Explorer:
         try:
             for name in moved:
                 if self._couple and name:
-                    self._assign(self._couple(name, self._values()))
-            result = self._compute(**self._values())
+                    self._assign(self._couple(name, dict(self._state)))
+            result = self._compute(**self._state)
             self._draw(result)
             readout = self._read(result)
             picture = self._render()
@@ -203,19 +209,39 @@ class Explorer:
 
     def _press(self, label):
         try:
-            values = self._chip_values[label](**self._values())
+            values = self._chip_values[label](**self._state)
             self._assign(values)
         except Exception as error:
             self._fail(error)
         else:
             self._step(*values)
 
-    def _values(self):
-        return {name: control.value for name, control in self.controls.items()}
+    def _moved(self, name, value):
+        if not self._quiet and not self._is_answer(name, value):
+            self._state[name] = value
+            self._step(name)
+
+    def _is_answer(self, name, value):
+        """Whether the browser answers a value set from code, rather than reports a hand.
+
+        A slider in the browser rounds each value that it is given to its step and sends that back, perhaps late. Taken
+        for a move, the answer would shift the value of a chip, and two coupled sliders would answer each other forever.
+        """
+        sent, position = self._sent[name], _position(self.controls[name], value)
+        oldest = time.monotonic() - _ANSWER_SECONDS
+        for _ in range(len(sent)):
+            if sent[0][0] < oldest:
+                sent.popleft()
+        for i, (_, wanted) in enumerate(sent):
+            if abs(position - wanted) <= 0.51:
+                for _ in range(i + 1):  # older ones will not be answered any more
+                    sent.popleft()
+                return True
+        return False
 
     def _assign(self, values):
         """Set controls without a step for each: all of them, or none and a ValueError."""
-        before = self._values()
+        before = dict(self._state)
         quiet, self._quiet = self._quiet, True
         try:
             for name, value in values.items():
@@ -223,15 +249,23 @@ class Explorer:
                     raise ValueError(f"there is no control {name!r}; controls are {', '.join(self.controls)}")
                 _check_allowed(name, self.controls[name], value)
                 try:
-                    self.controls[name].value = value
+                    self._put(name, value)
                 except TraitError as error:
                     raise ValueError(f"{name} cannot be {value!r}: {error}") from None
         except ValueError:
             for name, value in before.items():
-                self.controls[name].value = value
+                self._put(name, value)
             raise
         finally:
             self._quiet = quiet
+
+    def _put(self, name, value):
+        control = self.controls[name]
+        shown = control.value
+        control.value = value
+        self._state[name] = control.value
+        if control.value != shown and hasattr(control, "step"):
+            self._sent[name].append((time.monotonic(), _position(control, control.value)))
 
     def _fail(self, error):
         self.errors.append(error)
@@ -269,6 +303,13 @@ def _png(pixels):
 
     data = isal_zlib.compress(rows, 1)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def _position(control, value):
+    """The value of a slider in steps; what is no slider has no position."""
+    if not hasattr(control, "step"):
+        return math.nan
+    return (math.log(value, control.base) if isinstance(control, widgets.FloatLogSlider) else value) / control.step
 
 
 def _check_allowed(name, control, value):
