@@ -59,13 +59,20 @@ class QParams:
         xp = array_namespace(scale)
         if not bool(xp.all(scale > 0)):
             raise ValueError(f"scale must be greater than 0, got {float(xp.min(scale))}")
-        if self.qmin >= self.qmax:
-            raise ValueError(f"qmin must be less than qmax, got {self.qmin} and {self.qmax}")
+        whole = all(isinstance(limit, (int, np.integer)) for limit in (self.qmin, self.qmax))
+        if not whole or self.qmin >= self.qmax:
+            raise ValueError(f"qmin must be an integer less than the integer qmax, got {self.qmin} and {self.qmax}")
         if self.axis is not None and self.group_size is not None:
             raise ValueError(f"axis and group_size exclude each other, got {self.axis} and {self.group_size}")
-        zero_point = xp.asarray(self.zero_point, dtype=xp.int32)
-        if not bool(xp.all((zero_point >= self.qmin) & (zero_point <= self.qmax))):
-            raise ValueError(f"zero_point must be from {self.qmin} to {self.qmax}, got {self.zero_point}")
+        zero_point = real_array(self.zero_point, "zero_point")
+        zxp = array_namespace(zero_point)
+        inside = (zero_point >= self.qmin) & (zero_point <= self.qmax) & (zero_point == zxp.round(zero_point))
+        if not bool(zxp.all(inside)):
+            raise ValueError(f"zero_point must be an integer from {self.qmin} to {self.qmax}, got {self.zero_point}")
+        zero_point = xp.asarray(np.asarray(self.zero_point) if xp is np else self.zero_point, dtype=xp.int32)
+        if tuple(zero_point.shape) != tuple(scale.shape):
+            raise ValueError(f"zero_point must have the shape of scale, {tuple(scale.shape)}, "
+                             f"got {tuple(zero_point.shape)}")
         object.__setattr__(self, "scale", scale)
         object.__setattr__(self, "zero_point", zero_point)
 
@@ -143,7 +150,7 @@ def zero_point_params(x, bits=8, *, axis=None, group_size=None):
     Returns
     -------
     QParams
-        scale in the units of ``x`` (1 where all values are 0); zero_point and limits in integer steps.
+        scale in the units of ``x``; zero_point and limits in integer steps. All values 0: scale 1, zero-point 0.
 
     Raises
     ------
@@ -209,7 +216,9 @@ def range_params(alpha, beta, bits=8, *, symmetric=False, narrow=False, signed=T
     if not bool((alpha < beta).all()):
         raise ValueError(f"alpha must be less than beta, got alpha={_short(alpha)} and beta={_short(beta)}")
     params = _params(alpha, beta, bits, symmetric=symmetric, narrow=narrow, signed=signed, axis=axis)
-    return replace(params, scale=params.scale.astype(np.float32)) if plain else params
+    if not plain:
+        return params
+    return replace(params, scale=np.maximum(params.scale, np.finfo(np.float32).smallest_normal).astype(np.float32))
 
 
 def quantize(x, params):
@@ -411,18 +420,21 @@ def error_split(x, params):
 
 def _params(alpha, beta, bits, *, symmetric=False, narrow=False, signed=True, axis=None, group_size=None):
     """Parameters for observed ends ``alpha <= beta``, float arrays of one shape."""
-    check_bits(bits)
+    bits = check_bits(bits)
     xp = array_namespace(alpha, beta)
     zero = xp.zeros_like(alpha)
     alpha, beta = xp.minimum(alpha, zero), xp.maximum(beta, zero)
     half = 2 ** (bits - 1)
     qmin, qmax = -half + (narrow or symmetric), half - 1
-    scale = xp.maximum(-alpha, beta) / qmax if symmetric else (beta - alpha) / (qmax - qmin)
+    with np.errstate(over="ignore"):
+        scale = xp.maximum(-alpha, beta) / qmax if symmetric else (beta - alpha) / (qmax - qmin)
     if not bool(xp.all(xp.isfinite(scale))):
         raise ValueError(f"beta - alpha must be finite in {scale.dtype}, got {_short(alpha)} and {_short(beta)}")
     tiny = xp.finfo(scale.dtype).smallest_normal
-    scale = xp.where(beta == alpha, xp.ones_like(scale), xp.maximum(scale, xp.full_like(scale, tiny)))
-    zero_point = zero if symmetric else xp.clip(qmin - xp.round(alpha / scale), qmin, qmax)
+    empty = beta == alpha
+    scale = xp.where(empty, xp.ones_like(scale), xp.maximum(scale, xp.full_like(scale, tiny)))
+    zero_point = xp.clip(qmin - xp.round(alpha / scale), qmin, qmax)
+    zero_point = zero if symmetric else xp.where(empty, zero, zero_point)
     shift = 0 if signed else half
     return QParams(scale, xp.astype(zero_point, xp.int32) + shift, qmin + shift, qmax + shift, axis, group_size)
 
@@ -517,9 +529,10 @@ def _same_shape(x, y):
 
 
 def check_bits(bits):
-    """Raise a ValueError unless ``bits`` is an integer from 2 to 16."""
-    if isinstance(bits, bool) or not isinstance(bits, (int, np.integer)) or not MIN_BITS <= bits <= MAX_BITS:
+    """``bits`` as an int; a ValueError unless it is an integer from 2 to 16."""
+    if not isinstance(bits, (int, np.integer)) or not MIN_BITS <= bits <= MAX_BITS:
         raise ValueError(f"bits must be an integer from {MIN_BITS} to {MAX_BITS}, got {bits!r}")
+    return int(bits)
 
 
 def _check_axis(axis, x):

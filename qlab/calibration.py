@@ -62,12 +62,13 @@ class ErrorProfile:
         self._x = x.reshape(-1) if overwrite_x else x.flatten()
         self._x.sort()
         blocks = self._x[: self._x.size // _BLOCK * _BLOCK].reshape(-1, _BLOCK)
-        self._sums = _running(blocks.sum(axis=1, dtype=np.float64))
-        self._squares = _running(np.einsum("ij,ij->i", blocks, blocks, dtype=np.float64))
+        zero = np.searchsorted(blocks[:, 0], 0) if len(blocks) else 0
+        self._sums = _running(blocks.sum(axis=1, dtype=np.float64), zero)
+        self._squares = _running(np.einsum("ij,ij->i", blocks, blocks, dtype=np.float64), zero)
         self.n, self.min, self.max = self._x.size, float(self._x[0]), float(self._x[-1])
-        total, total_of_squares = self._sums_below(np.array([self.n]))
-        self.mean = float(total[0]) / self.n
-        self.std = math.sqrt(max(float(total_of_squares[0]) / self.n - self.mean**2, 0.0))
+        total, total_of_squares = np.diff(self._sums_below(np.array([0, self.n]))).ravel().tolist()
+        self.mean = total / self.n
+        self.std = math.sqrt(max(total_of_squares / self.n - self.mean**2, 0.0))
 
     def __repr__(self):
         return f"ErrorProfile({self.n} values from {self.min:.6g} to {self.max:.6g})"
@@ -105,7 +106,7 @@ class ErrorProfile:
         >>> ErrorProfile([0.25, 1.0, 5.0]).split(-4, 3, bits=3).clipping
         1.3333333333333333
         """
-        check_bits(bits)
+        bits = check_bits(bits)
         alpha, beta = np.broadcast_arrays(real_array(alpha, "alpha"), real_array(beta, "beta"))
         ends = np.stack([alpha.ravel(), beta.ravel()])
         parts = np.empty_like(ends, dtype=np.float64)
@@ -146,7 +147,7 @@ class ErrorProfile:
 
     def magnitude_histogram(self, bins):
         """Counts of |x| in ``bins`` equal bins from 0 to max |x|. Returns ``(counts, edges)``."""
-        edges = np.histogram_bin_edges([0.0, max(-self.min, self.max)], bins)
+        edges = np.linspace(0.0, max(-self.min, self.max) or 1.0, bins + 1)
         above = self._count_below(edges)  # non-negative values below each edge, plus all negative ones
         below = self._count_below(-edges, or_equal=True)
         above[-1], below[0], below[-1] = self.n, above[0], 0
@@ -154,14 +155,14 @@ class ErrorProfile:
 
     def quantile(self, q):
         """The value below which a share ``q`` of the data lies, 0 ≤ q ≤ 1, interpolated as `numpy.quantile`."""
-        return _interpolate(self._x, q * (self.n - 1))
+        return _interpolate(self._x, _check_share(q) * (self.n - 1))
 
     def magnitude_quantile(self, q):
         """The quantile of |x|, 0 ≤ q ≤ 1."""
-        rank = q * (self.n - 1)
-        tail = self.n - math.floor(rank)  # the values that can hold the wanted one lie at the two ends
-        largest = np.sort(np.abs(np.concatenate([self._x[:tail], self._x[-tail:]])))[-tail:]
-        return _interpolate(largest, rank - math.floor(rank))
+        rank = _check_share(q) * (self.n - 1)
+        tail = self.n - math.floor(rank)  # as many of the largest |x| are wanted: they lie at the two ends
+        ends = self._x if 2 * tail >= self.n else np.concatenate([self._x[:tail], self._x[-tail:]])
+        return _interpolate(np.sort(np.abs(ends))[-tail:], rank - math.floor(rank))
 
     def share_outside(self, low, high):
         """The share of values that are less than ``low`` or more than ``high``, 0 to 1."""
@@ -170,31 +171,32 @@ class ErrorProfile:
 
     def mean_absolute_deviation(self):
         """Mean |x − mean|, in the units of the data."""
-        below = self._count_below(np.array([self.mean]))
-        sum_below, sum_all = self._sums_below(np.array([below[0], self.n]))[0]
-        return float(sum_all - 2 * sum_below + (2 * below[0] - self.n) * self.mean) / self.n
+        (below,) = self._count_below(np.array([self.mean]))
+        low, high = np.diff(self._sums_below(np.array([0, below, self.n]))[0]).tolist()
+        return (high - low + (2 * int(below) - self.n) * self.mean) / self.n
 
     def _squared_error(self, levels):
         """Σ (x − nearest level)² for the values inside the levels and for those outside; levels (k, L) ascending."""
         levels = levels.astype(np.float64)
-        inside = np.concatenate([levels[:, :1], (levels[:, 1:] + levels[:, :-1]) / 2, levels[:, -1:]], axis=1)
-        below = self._count_below(inside)
-        sums, squares = self._sums_below(below)
-
-        def error(count, total, total_of_squares, level):
-            return np.maximum(total_of_squares - 2 * level * total + count * level**2, 0.0)
-
-        (all_sums,), (all_squares,) = self._sums_below(np.array([self.n]))
-        low = error(below[:, 0], sums[:, 0], squares[:, 0], levels[:, 0])
-        high = error(self.n - below[:, -1], all_sums - sums[:, -1], all_squares - squares[:, -1], levels[:, -1])
-        rounding = error(np.diff(below), np.diff(sums), np.diff(squares), levels)
-        return rounding.sum(axis=1), low + high
+        ends = np.zeros_like(levels[:, :1], dtype=np.int64)
+        borders = np.concatenate([levels[:, :1], (levels[:, 1:] + levels[:, :-1]) / 2, levels[:, -1:]], axis=1)
+        borders = np.concatenate([ends, self._count_below(borders), ends + self.n], axis=1)
+        nearest = np.concatenate([levels[:, :1], levels, levels[:, -1:]], axis=1)  # low tail, levels, high tail
+        sums, squares = self._sums_below(borders)
+        error = np.diff(squares) - 2 * nearest * np.diff(sums) + np.diff(borders) * nearest**2
+        error = np.maximum(error, 0.0)
+        return error[:, 1:-1].sum(axis=1), error[:, 0] + error[:, -1]
 
     def _count_below(self, values, or_equal=False):
-        return np.searchsorted(self._x, values.astype(self._x.dtype), side="right" if or_equal else "left")
+        """How many values are less than (or equal to) each of ``values``, compared exactly in the data's precision."""
+        dtype = self._x.dtype.type
+        rounded = values.astype(dtype)
+        toward, misses = (-np.inf, rounded > values) if or_equal else (np.inf, rounded < values)
+        exact = np.where(misses, np.nextafter(rounded, dtype(toward)), rounded)
+        return np.searchsorted(self._x, exact, side="right" if or_equal else "left")
 
     def _sums_below(self, index):
-        """Σ x and Σ x² of the first ``index`` values: whole blocks from the table, the rest added here."""
+        """Σ x and Σ x² up to a constant of the first ``index`` values: blocks from the table, the rest added here."""
         block = index // _BLOCK
         position = np.minimum(block[..., None] * _BLOCK + np.arange(_BLOCK), self.n - 1)
         rest = np.where(np.arange(_BLOCK) < (index % _BLOCK)[..., None], self._x[position], 0).astype(np.float64)
@@ -260,7 +262,7 @@ def moving_minmax(batches, averaging_constant=0.01):
     >>> moving_minmax([[-1.0, 1.0], [-3.0, 11.0]], averaging_constant=0.1)
     (-1.2, 2.0)
     """
-    if not 0 < averaging_constant <= 1:
+    if not isinstance(averaging_constant, (int, float, np.number)) or not 0 < averaging_constant <= 1:
         raise ValueError(f"averaging_constant must be more than 0 and at most 1, got {averaging_constant!r}")
     average = None
     for batch in batches:
@@ -303,17 +305,18 @@ def percentile(x, p, *, symmetric=False):
     """
     if not isinstance(p, (int, float, np.number)) or not 50 < p <= 100:
         raise ValueError(f"p must be more than 50 and at most 100, got {p!r}")
-    profile = _profile(x)
+    p, profile = float(p), _profile(x)
     if symmetric:
         return _around_zero(profile.magnitude_quantile(p / 100))
     return profile.quantile((100 - p) / 100), profile.quantile(p / 100)
 
 
 def mse(x, bits=8, *, symmetric=False):
-    """The range with the least mean squared error, by search over exact errors.
+    """The range inside of min-max with the least mean squared error, by search over exact errors.
 
-    A thousand ranges between 0 and min-max are tried, then finer ones around the best. Without ``symmetric`` the two
-    ends then move in turn, each over many places, until neither finds less error.
+    With ``symmetric``, a thousand ranges are tried, then finer ones around the best. Otherwise the best of a coarse
+    grid over both ends, and of min-max shrunk, is where they start to move in turn, each over many places, until
+    neither finds less error.
 
     Parameters
     ----------
@@ -342,7 +345,7 @@ def mse(x, bits=8, *, symmetric=False):
     >>> print(f"{beta:.1f}")
     33.2
     """
-    check_bits(bits)
+    bits = check_bits(bits)
     profile = _profile(x)
     low, high = min(profile.min, 0.0), max(profile.max, 0.0)
     if low == high:
@@ -350,7 +353,13 @@ def mse(x, bits=8, *, symmetric=False):
     if symmetric:
         high = max(-low, high)
         return _around_zero(high * _search(lambda r: profile.mse(-r * high, r * high, bits, symmetric=True)))
-    alpha, beta = (_search(lambda r: profile.mse(r * low, r * high, bits)) * end for end in (low, high))
+    shrink, coarse = np.linspace(0.002, 1, 500), np.linspace(0, 1, 17)
+    alphas, betas = np.meshgrid(low * coarse, high * coarse[1:] if high > 0 else 0.0)
+    alphas, betas = np.append(low * shrink, alphas), np.append(high * shrink, betas)
+    some = alphas < betas
+    alphas, betas = alphas[some], betas[some]
+    best = np.argmin(profile.mse(alphas, betas, bits))
+    alpha, beta = float(alphas[best]), float(betas[best])
     least = profile.mse(alpha, beta, bits)
     places = 1000 if bits <= 5 else 200  # few levels make the error jagged, many make it smooth
     while True:
@@ -400,11 +409,13 @@ def entropy(x, bits=8):
     >>> print(f"{beta:.2f}")
     4.04
     """
-    check_bits(bits)
+    bits = check_bits(bits)
     profile = _profile(x)
+    if profile.min == profile.max == 0:
+        return 0.0, 0.0
     counts, edges = profile.magnitude_histogram(_KL_BINS)
-    levels = 2 ** (bits - 1)
-    candidates = range(min(levels, _KL_BINS), _KL_BINS + 1)
+    levels = min(2 ** (bits - 1), _KL_BINS)
+    candidates = range(levels, _KL_BINS + 1)
     best = min(reversed(candidates), key=lambda i: _divergence(counts, i, levels))
     threshold = min((best + 0.5) * float(edges[1]), float(edges[-1]))
     return (0.0, threshold) if profile.min >= 0 else _around_zero(threshold)
@@ -444,7 +455,7 @@ def aciq(x, bits=8, distribution="auto"):
     >>> print("{:.2f} {:.2f}".format(*aciq(x, bits=4)))
     -2.56 2.56
     """
-    check_bits(bits)
+    bits = check_bits(bits)
     if distribution not in ("auto", "gauss", "laplace"):
         raise ValueError(f"distribution must be 'auto', 'gauss' or 'laplace', got {distribution!r}")
     profile = _profile(x)
@@ -491,9 +502,16 @@ def _around_zero(threshold):
     return -threshold, threshold
 
 
-def _running(block_sums):
-    """Prefix sums with a leading 0, added in extended precision so that differences of them stay exact."""
-    return np.concatenate([[0.0], np.cumsum(block_sums, dtype=np.longdouble).astype(np.float64)])
+def _running(block_sums, zero):
+    """Prefix sums that are 0 at block ``zero``: small, and so exact, where the values are small."""
+    sums = np.concatenate([[0], np.cumsum(block_sums, dtype=np.longdouble)])
+    return (sums - sums[zero]).astype(np.float64)
+
+
+def _check_share(q):
+    if not isinstance(q, (int, float, np.number)) or not 0 <= q <= 1:
+        raise ValueError(f"q must be from 0 to 1, got {q!r}")
+    return float(q)
 
 
 def _interpolate(ascending, rank):
