@@ -503,9 +503,9 @@ def _around_zero(threshold):
 
 
 def _running(block_sums, zero):
-    """Prefix sums that are 0 at block ``zero``: small, and so exact, where the values are small."""
-    sums = np.concatenate([[0], np.cumsum(block_sums, dtype=np.longdouble)])
-    return (sums - sums[zero]).astype(np.float64)
+    """Prefix sums, up to a constant, added from block ``zero`` outwards: small, and so exact, where the values are."""
+    below, above = -np.cumsum(block_sums[:zero][::-1])[::-1], np.cumsum(block_sums[zero:])
+    return np.concatenate([below, [0.0], above])
 
 
 def _check_share(q):

@@ -28,7 +28,7 @@ BLACK, BLUE, SKY, GREEN = "#000000", "#0072B2", "#56B4E9", "#009E73"
 ORANGE, VERMILION, PURPLE, GREY = "#E69F00", "#D55E00", "#CC79A7", "#8C8C8C"
 
 _FOR_SCREEN_READERS = "position:absolute; width:1px; height:1px; margin:0; overflow:hidden; clip-path:inset(50%)"
-_ANSWER_SECONDS = 2.0  # how long the browser may take to answer a value set from code
+_ANSWER_SECONDS = 1.0  # how long the browser may take to answer a value set from code
 _DPI = 100
 _STYLE = {  # sizes for the back row of a classroom
     "font.size": 14,
@@ -217,9 +217,11 @@ class Explorer:
             self._step(*values)
 
     def _moved(self, name, value):
-        if not self._quiet and not self._is_answer(name, value):
-            self._state[name] = value
-            self._step(name)
+        if self._quiet or self._is_answer(name, value):
+            return
+        self._sent[name].clear()  # the browser answers in order: what came before this move is settled
+        self._state[name] = value
+        self._step(name)
 
     def _is_answer(self, name, value):
         """Whether the browser answers a value set from code, rather than reports a hand.
@@ -265,7 +267,9 @@ class Explorer:
         control.value = value
         self._state[name] = control.value
         if control.value != shown and hasattr(control, "step"):
-            self._sent[name].append((time.monotonic(), _position(control, control.value)))
+            position = _position(control, control.value)
+            if position not in (control.min / control.step, control.max / control.step):  # the ends need no rounding
+                self._sent[name].append((time.monotonic(), position))
 
     def _fail(self, error):
         self.errors.append(error)

@@ -108,8 +108,9 @@ def ask_kernel(page, code):
         """async code => { const future = jupyterapp.shell.currentWidget.sessionContext.session.kernel
              .requestExecute({code, store_history: false});
            let said = '';
-           future.onIOPub = m => { if (m.header.msg_type === 'stream') said += m.content.text;
-                                   if (m.header.msg_type === 'error') said += `${m.content.ename}: ${m.content.evalue}`; };
+           future.onIOPub = ({header, content}) => {
+             if (header.msg_type === 'stream') said += content.text;
+             if (header.msg_type === 'error') said += `${content.ename}: ${content.evalue}`; };
            await future.done; return said; }""",
         code,
     )
