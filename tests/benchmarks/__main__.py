@@ -3,7 +3,7 @@
 import statistics
 import warnings
 
-from tests.benchmarks import search, slider
+from tests.benchmarks import footprint, search, slider
 
 
 def main():
@@ -18,6 +18,8 @@ def main():
           f"(direct: {search.DIRECT_SAMPLE} of them, scaled up)")
     warnings.simplefilter("ignore")  # torch's observers are deprecated; they are a reference here
     print(*search.table(search.measure(10**power) for power in (5, 6, 7)), sep="\n")
+    print("\nFootprint")
+    print(*footprint.table(), sep="\n")
 
 
 if __name__ == "__main__":
