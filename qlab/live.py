@@ -229,11 +229,11 @@ class Explorer:
         A slider in the browser rounds each value that it is given to its step and sends that back, perhaps late. Taken
         for a move, the answer would shift the value of a chip, and two coupled sliders would answer each other forever.
         """
+        if not self.controls[name]._property_lock:  # ipywidgets holds it while it applies what the browser says
+            return False
         sent, position = self._sent[name], _position(self.controls[name], value)
-        oldest = time.monotonic() - _ANSWER_SECONDS
-        for _ in range(len(sent)):
-            if sent[0][0] < oldest:
-                sent.popleft()
+        while sent and sent[0][0] < time.monotonic() - _ANSWER_SECONDS:
+            sent.popleft()
         for i, (_, wanted) in enumerate(sent):
             if abs(position - wanted) <= 0.51:
                 for _ in range(i + 1):  # older ones will not be answered any more

@@ -297,3 +297,41 @@ def test_the_widget_holds_controls_chips_and_picture(line):
     assert {control for row in rows for control in row} == {*line.explorer.controls.values(),
                                                             *line.explorer.chips.values()}
     assert [image.value for image in line.images()] == [line.explorer.png()]
+
+
+def browser_says(line, **values):
+    """As the browser reports a slider."""
+    for name, value in values.items():
+        line.explorer.controls[name].set_state({"value": value})
+
+
+def mirrored(name, values):
+    return {"mirror": -values["slope"]} if name == "slope" else {"slope": -values["mirror"]}
+
+
+def test_the_rounded_answer_to_a_value_from_code_is_not_a_move(line):
+    line.explorer.set(slope=0.53217)
+    browser_says(line, slope=0.5)  # rounded to the step of 0.1
+    assert line.explorer.readout["slope"] == 0.53217
+    assert len(line.computed) == 1
+    browser_says(line, slope=0.6)  # a hand
+    browser_says(line, slope=0.5)  # and back
+    assert [c["slope"] for c in line.computed] == [0.53217, 0.6, 0.5]
+
+
+def test_coupled_sliders_settle_although_answers_come_late():
+    line = Line(couple=mirrored)
+    for slope in (0.1, 0.2, 0.3, 0.4):  # a drag; each step sets the mirror from code
+        browser_says(line, slope=slope + 1e-9)
+    for late in (-0.2, -0.4):  # the browser answers some of them, rounded
+        browser_says(line, mirror=late)
+    assert [c["slope"] for c in line.computed] == [0.1 + 1e-9, 0.2 + 1e-9, 0.3 + 1e-9, 0.4 + 1e-9]
+    browser_says(line, mirror=1.0)
+    assert line.explorer.readout["slope"] == -1.0
+
+
+def test_code_may_set_a_widget_back_at_once(line):
+    line.explorer.set(slope=0.5)
+    line.explorer.set(slope=0.7)
+    line.move(slope=0.5)
+    assert line.explorer.readout["slope"] == 0.5
