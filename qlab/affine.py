@@ -1,7 +1,8 @@
 """Affine quantization: q = clip(rint(x / s) + z, qmin, qmax) and x̂ = s (q − z).
 
 One body of code serves NumPy arrays and torch tensors. Rounding is half to even, the zero-point is added after
-rounding, and 0 is always represented exactly: bit for bit what ONNX QuantizeLinear and torch.fake_quantize do.
+rounding, and 0 is always represented exactly: bit for bit what ONNX QuantizeLinear does. torch.fake_quantize multiplies
+by 1 / s where these divide by s, which can differ by one step at ties.
 
 Symbols: x real value, q integer code, x̂ dequantized value, s scale, z zero-point, α and β the ends of the range,
 b bits.
@@ -403,7 +404,7 @@ def error_split(x, params):
     References
     ----------
     Banner et al. 2019, "Post training 4-bit quantization of convolutional networks for rapid-deployment",
-    section 3.1.
+    the section on ACIQ (clipping and rounding noise).
 
     Examples
     --------

@@ -21,14 +21,15 @@ _LAPLACE_MAD = math.sqrt(1 / 2)  # and of a Laplace distribution
 
 
 class ErrorProfile:
-    """Exact quantization error of any range, at a cost that does not grow with the data.
+    """Exact quantization error of any range, at a cost that hardly grows with the data.
 
     The data is sorted once and prefix sums of x and x² are kept. The values that a grid rounds to one level are then
     a slice of the sorted array, found by binary search at the midpoints between levels, and their squared error
 
         Σ (x − level)² = Σ x² − 2 · level · Σ x + n · level²
 
-    is three differences of prefix sums. One grid costs O(2^b log N) instead of O(N); nothing is approximated.
+    is three differences of prefix sums. One grid costs O(2^b log N) instead of O(N); nothing is approximated, apart
+    from floating-point rounding.
 
     Parameters
     ----------
@@ -296,7 +297,7 @@ def percentile(x, p, *, symmetric=False):
 
     References
     ----------
-    Wu et al. 2020, "Integer quantization for deep learning inference", section 3.2.
+    Wu et al. 2020, "Integer quantization for deep learning inference", section 3.4.
 
     Examples
     --------
@@ -336,7 +337,7 @@ def mse(x, bits=8, *, symmetric=False):
 
     References
     ----------
-    Nagel et al. 2021, section 3.1, equation 3.2.
+    Nagel et al. 2021, section 3.1.
 
     Examples
     --------
@@ -376,15 +377,16 @@ def entropy(x, bits=8):
     """The range whose quantized histogram loses the least information: TensorRT's calibration.
 
     |x| is counted in 2048 bins. For each i from 2^(b−1) to 2048, P is the first i bins with everything beyond added
-    to the last of them, and Q is those bins merged evenly to 2^(b−1) levels and spread again over the bins that were
-    not empty. The i with the smallest KL divergence of P from Q gives the threshold (i + ½) bin widths.
+    to the last of them, and Q is those bins without the addition, merged evenly to 2^(b−1) levels and spread again
+    over the bins that were not empty. The i with the smallest KL divergence of P from Q gives the threshold
+    (i + ½) bin widths.
 
     Parameters
     ----------
     x : float array or ErrorProfile
     bits : int, 2 to 16
-        8 bits have 128 levels of magnitude, not 256. From 12 bits on the levels are no fewer than the bins, so the
-        whole range is the only candidate.
+        8 bits have 128 levels of magnitude, not 256, unless no value is negative. Where the levels are no fewer than
+        the bins, the whole range is the only candidate.
 
     Returns
     -------
@@ -399,8 +401,8 @@ def entropy(x, bits=8):
     References
     ----------
     Migacz 2017, "8-bit inference with TensorRT", pseudocode of the entropy calibration. How bins are merged is not
-    said there; this is the even split of NVIDIA's Model Optimizer. Libraries that merge ⌊i / levels⌋ bins at a time
-    (MXNet, ONNX Runtime) find other thresholds.
+    said there; this is the even split of NVIDIA's Model Optimizer, as is its bin 0, set to the count of bin 1. Libraries
+    that merge whole numbers of bins of a signed histogram (MXNet, ONNX Runtime) find other thresholds.
 
     Examples
     --------
@@ -414,7 +416,8 @@ def entropy(x, bits=8):
     if profile.min == profile.max == 0:
         return 0.0, 0.0
     counts, edges = profile.magnitude_histogram(_KL_BINS)
-    levels = min(2 ** (bits - 1), _KL_BINS)
+    counts[0] = counts[1]  # a spike at 0, the output of a ReLU, is exact in every grid and must not count
+    levels = min(2 ** (bits - (profile.min < 0)), _KL_BINS)
     candidates = range(levels, _KL_BINS + 1)
     best = min(reversed(candidates), key=lambda i: _divergence(counts, i, levels))
     threshold = min((best + 0.5) * float(edges[1]), float(edges[-1]))
@@ -422,10 +425,10 @@ def entropy(x, bits=8):
 
 
 def aciq(x, bits=8, distribution="auto"):
-    """The range that would be best if the data followed a bell curve (ACIQ).
+    """The range that would be best if the data were normal or Laplace distributed (ACIQ).
 
-    Only the mean and one measure of width are taken from the data; the optimal clip for 2^b levels follows from
-    minimizing clipping error + α² / (3 · 4^b) for a normal or a Laplace distribution.
+    The mean and the width are taken from the data; the optimal clip for 2^b levels follows from minimizing clipping
+    error + α² / (3 · 4^b) for that distribution.
 
     Parameters
     ----------
@@ -447,7 +450,7 @@ def aciq(x, bits=8, distribution="auto"):
     References
     ----------
     Banner et al. 2019, "Post training 4-bit quantization of convolutional networks for rapid-deployment",
-    section 3.1 and its supplement.
+    the section on ACIQ and its supplement.
 
     Examples
     --------

@@ -279,7 +279,8 @@ def test_mse_of_constant_data(x, expected):
 def literal_entropy(x, bits):
     """The threshold of the entropy calibration, step by step as it is described."""
     counts, edges = np.histogram(np.abs(x), 2048, range=(0, np.abs(x).max()))
-    levels, least, best = 2 ** (bits - 1), np.inf, None
+    counts[0] = counts[1]
+    levels, least, best = 2 ** (bits - 1 if x.min() < 0 else bits), np.inf, None
     for i in range(levels, 2049):
         level = np.digitize(range(i), np.linspace(0, i, levels + 1)) - 1
         filled = counts[:i] > 0
@@ -297,11 +298,12 @@ def literal_entropy(x, bits):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("name", ["sample", "normal", "laplace"])
+@pytest.mark.parametrize("name", ["sample", "normal", "laplace", "relu"])
 def test_entropy_equals_the_literal_algorithm(name, bits):
     x = data(name).astype(np.float64)
     alpha, beta = entropy(x, bits)
-    assert beta == -alpha == pytest.approx(literal_entropy(x, bits), rel=1e-12)
+    assert beta == pytest.approx(literal_entropy(x, bits), rel=1e-12)
+    assert alpha == (0 if name == "relu" else -beta)
 
 
 def from_counts(counts):
@@ -334,7 +336,7 @@ def test_entropy_equals_model_optimizer(name, bits, i):
 def test_entropy_of_data_without_negative_values_starts_at_zero():
     alpha, beta = entropy(data("relu"))
     assert alpha == 0 < beta <= data("relu").max()
-    assert entropy(-data("relu")) == (-beta, beta)
+    assert beta > 3.5  # the spike at 0 does not pull the range in
 
 
 @pytest.mark.parametrize("bits", [12, 13, 16])

@@ -278,7 +278,7 @@ def drift(calibrated_on, new, bits=8):
 
     References
     ----------
-    Nagel et al. 2021, "A white paper on neural network quantization", section 3.1 (static and dynamic ranges).
+    Gholami et al. 2022, "A survey of quantization methods for efficient neural network inference", section III-D.
     """
     profiles = {
         name: data if isinstance(data, calibration.ErrorProfile) else calibration.ErrorProfile(data)
