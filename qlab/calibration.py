@@ -401,7 +401,7 @@ def entropy(x, bits=8):
     References
     ----------
     Migacz 2017, "8-bit inference with TensorRT", pseudocode of the entropy calibration. How bins are merged is not
-    said there; this is the even split of NVIDIA's Model Optimizer, as is its bin 0, set to the count of bin 1. Libraries
+    said there; the even split, and bin 0 set to the count of bin 1, are those of NVIDIA's Model Optimizer. Libraries
     that merge whole numbers of bins of a signed histogram (MXNet, ONNX Runtime) find other thresholds.
 
     Examples
