@@ -124,6 +124,8 @@ class Explorer:
         self._quiet = False
         self._chip_values = dict(chips or {})
         self.chips = {label: widgets.Button(description=label, layout={"width": "auto"}) for label in self._chip_values}
+        for first in list(self.chips.values())[:1]:
+            first.layout.margin = "2px 2px 2px 24px"  # apart from the controls in the same row
 
         width, _ = self._canvas.get_width_height()
         self._image = widgets.Image(format="png", layout={"max_width": f"{width}px", "width": "100%"})
