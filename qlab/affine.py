@@ -228,7 +228,7 @@ def quantize(x, params):
     Parameters
     ----------
     x : float array, any shape
-        NumPy or torch, of the library that ``params`` was made with.
+        NumPy or torch.
     params : QParams
 
     Returns
@@ -470,7 +470,7 @@ def _observed_range(x, axis, group_size):
 def _broadcast(params, x, xp):
     """Scale and zero-point, both as floats, in a shape that broadcasts against ``x``."""
     scale, zero_point = params.scale, params.zero_point
-    if not isinstance(scale, type(x)) and is_torch_array(x) != is_torch_array(scale):
+    if is_torch_array(x) != is_torch_array(scale):
         scale, zero_point = xp.asarray(np.asarray(scale)), xp.asarray(np.asarray(zero_point))
     zero_point = xp.astype(zero_point, scale.dtype)
     if params.group_size is not None:

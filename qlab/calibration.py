@@ -63,7 +63,7 @@ class ErrorProfile:
         self._x = x.reshape(-1) if overwrite_x else x.flatten()
         self._x.sort()
         blocks = self._x[: self._x.size // _BLOCK * _BLOCK].reshape(-1, _BLOCK)
-        zero = np.searchsorted(blocks[:, 0], 0) if len(blocks) else 0
+        zero = np.searchsorted(blocks[:, 0], 0)
         self._sums = _running(blocks.sum(axis=1, dtype=np.float64), zero)
         self._squares = _running(np.einsum("ij,ij->i", blocks, blocks, dtype=np.float64), zero)
         self.n, self.min, self.max = self._x.size, float(self._x[0]), float(self._x[-1])
@@ -306,7 +306,7 @@ def percentile(x, p, *, symmetric=False):
     """
     if not isinstance(p, (int, float, np.number)) or not 50 < p <= 100:
         raise ValueError(f"p must be more than 50 and at most 100, got {p!r}")
-    p, profile = float(p), _profile(x)
+    p, profile = float(p), as_profile(x)
     if symmetric:
         return _around_zero(profile.magnitude_quantile(p / 100))
     return profile.quantile((100 - p) / 100), profile.quantile(p / 100)
@@ -347,7 +347,7 @@ def mse(x, bits=8, *, symmetric=False):
     33.2
     """
     bits = check_bits(bits)
-    profile = _profile(x)
+    profile = as_profile(x)
     low, high = min(profile.min, 0.0), max(profile.max, 0.0)
     if low == high:
         return low, high
@@ -412,7 +412,7 @@ def entropy(x, bits=8):
     4.04
     """
     bits = check_bits(bits)
-    profile = _profile(x)
+    profile = as_profile(x)
     if profile.min == profile.max == 0:
         return 0.0, 0.0
     counts, edges = profile.magnitude_histogram(_KL_BINS)
@@ -461,7 +461,7 @@ def aciq(x, bits=8, distribution="auto"):
     bits = check_bits(bits)
     if distribution not in ("auto", "gauss", "laplace"):
         raise ValueError(f"distribution must be 'auto', 'gauss' or 'laplace', got {distribution!r}")
-    profile = _profile(x)
+    profile = as_profile(x)
     deviation = profile.mean_absolute_deviation()
     if distribution == "auto":
         closer_to_gauss = deviation > profile.std * (_GAUSS_MAD + _LAPLACE_MAD) / 2
@@ -493,7 +493,8 @@ def aciq_clip(bits, distribution):
     return high
 
 
-def _profile(x):
+def as_profile(x):
+    """``x`` itself if it is an `ErrorProfile`, else its profile."""
     return x if isinstance(x, ErrorProfile) else ErrorProfile(x)
 
 

@@ -76,7 +76,7 @@ def clipping(x, bits=4):
     >>> print(f"{explorer.readout['mse']:.4f}")
     0.0127
     """
-    profile = x if isinstance(x, calibration.ErrorProfile) else calibration.ErrorProfile(x)
+    profile = calibration.as_profile(x)
     reach = max(-profile.min, profile.max)
     if reach == 0:
         raise ValueError("x must hold a value other than 0, got only zeros")
@@ -244,13 +244,11 @@ class Drift:
     alpha: float
     beta: float
     gain: float
-    edges: np.ndarray
     counts: np.ndarray
     static_db: float
     dynamic_db: float
     outside: float
     static_curve: np.ndarray
-    dynamic_curve: np.ndarray
 
 
 def drift(calibrated_on, new, bits=8):
@@ -280,16 +278,15 @@ def drift(calibrated_on, new, bits=8):
     ----------
     Gholami et al. 2022, "A survey of quantization methods for efficient neural network inference", section III-D.
     """
-    profiles = {
-        name: data if isinstance(data, calibration.ErrorProfile) else calibration.ErrorProfile(data)
-        for name, data in (("new", new), ("calibration", calibrated_on))
-    }
+    profiles = {"new": calibration.as_profile(new), "calibration": calibration.as_profile(calibrated_on)}
     for name, profile in profiles.items():
         if profile.min == profile.max == 0:
             raise ValueError(f"{name} data must hold a value other than 0, got only zeros")
     static_range = lru_cache(lambda calibrator, bits: CALIBRATORS[calibrator](profiles["calibration"], bits, False))
     dynamic_range = lru_cache(lambda calibrator, bits, data: CALIBRATORS[calibrator](profiles[data], bits, False))
     gains = np.geomspace(0.25, 4, 65)
+    limit = 1.6 * max(abs(end) for profile in profiles.values() for end in (profile.min, profile.max))
+    edges = limit * np.linspace(-1, 1, _BINS + 1)
 
     def sqnr(data, alpha, beta, bits):
         return _sqnr_db(profiles[data], profiles[data].mse(alpha, beta, bits))
@@ -301,13 +298,12 @@ def drift(calibrated_on, new, bits=8):
 
     def compute(*, gain, bits, calibrator, data):
         alpha, beta = static_range(calibrator, bits)
-        counts, edges = profiles[data].histogram(np.linspace(-1, 1, _BINS + 1) * artists.limit / gain)
         # Quantizing gain · x over [α, β] is quantizing x over [α, β] / gain: the profile of x serves every gain.
+        counts, _ = profiles[data].histogram(edges / gain)
         dynamic_db = float(sqnr(data, *dynamic_range(calibrator, bits, data), bits))
         return Drift(
-            alpha, beta, gain, edges * gain, counts, float(sqnr(data, alpha / gain, beta / gain, bits)), dynamic_db,
+            alpha, beta, gain, counts, float(sqnr(data, alpha / gain, beta / gain, bits)), dynamic_db,
             profiles[data].share_outside(alpha / gain, beta / gain), static_curve(calibrator, bits, data),
-            np.full_like(gains, dynamic_db),
         )
 
     def read(result):
@@ -328,7 +324,7 @@ def drift(calibrated_on, new, bits=8):
         "calibrator": widgets.Dropdown(options=list(CALIBRATORS), description="calibrator", layout={"width": "220px"}),
         "data": widgets.ToggleButtons(options=["new", "calibration"], style={"button_width": "100px"}),
     }
-    figure, artists = _drift_figure(profiles, gains)
+    figure, artists = _drift_figure(profiles, gains, edges)
     return Explorer(
         figure, controls, compute, partial(_draw_drift, artists), read,
         title="A static range meets new data",
@@ -337,15 +333,13 @@ def drift(calibrated_on, new, bits=8):
     )
 
 
-def _drift_figure(profiles, gains):
+def _drift_figure(profiles, gains, edges):
     with new_figure() as figure:
         above, below = figure.subplots(2, 1, height_ratios=[1, 1.1])
-        limit = 1.6 * max(abs(end) for profile in profiles.values() for end in (profile.min, profile.max))
         most = max(profile.histogram(_BINS)[0].max() for profile in profiles.values())
-        above.set(xlim=(-limit, limit), yscale="log", ylim=(0.7, 8 * most), ylabel="values per bin",
+        above.set(xlim=edges[[0, -1]], yscale="log", ylim=(0.7, 8 * most), ylabel="values per bin",
                   xlabel="value (units of the data)")
-        histogram = above.stairs(np.zeros(_BINS), np.linspace(-limit, limit, _BINS + 1), fill=True, color=SKY,
-                                 baseline=1e-9, animated=True)
+        histogram = above.stairs(np.zeros(_BINS), edges, fill=True, color=SKY, baseline=1e-9, animated=True)
         tails = [above.axvspan(0, 1, color=VERMILION, alpha=0.22, lw=0, animated=True) for _ in range(2)]
         line = _two_verticals(above)
         below.set(xscale="log", xlim=(gains[0], gains[-1]), ylim=(0, 55), ylabel="SQNR (dB)",
@@ -353,22 +347,22 @@ def _drift_figure(profiles, gains):
         below.set_xticks([0.25, 0.5, 1, 2, 4], ["¼", "½", "1", "2", "4"])
         below.minorticks_off()
         static = below.plot(gains, gains, color=VERMILION, animated=True)[0]
-        dynamic = below.plot(gains, gains, color=BLUE, ls="--", animated=True)[0]
+        dynamic = below.plot(gains[[0, -1]], [0, 0], color=BLUE, ls="--", animated=True)[0]
         dot = below.plot([1], [1], "o", ms=11, color=BLACK, animated=True)[0]
         below.legend([Line2D([], [], color=VERMILION), Line2D([], [], color=BLUE, ls="--")],
                      ["static range", "dynamic range"], loc="upper left", ncols=2)
-    return figure, SimpleNamespace(limit=limit, histogram=histogram, tails=tails, line=line, static=static,
+    return figure, SimpleNamespace(edges=edges, histogram=histogram, tails=tails, line=line, static=static,
                                    dynamic=dynamic, dot=dot)
 
 
 def _draw_drift(artists, result):
-    artists.histogram.set_data(result.counts, result.edges)
-    for tail, start, stop in zip(artists.tails, (-artists.limit, result.beta), (result.alpha, artists.limit),
+    artists.histogram.set_data(result.counts)
+    for tail, start, stop in zip(artists.tails, (artists.edges[0], result.beta), (result.alpha, artists.edges[-1]),
                                  strict=True):
         tail.set_bounds(start, 0, stop - start, 1)
     artists.line.set_xdata([result.alpha, result.alpha, np.nan, result.beta, result.beta])
     artists.static.set_ydata(result.static_curve)
-    artists.dynamic.set_ydata(result.dynamic_curve)
+    artists.dynamic.set_ydata([result.dynamic_db] * 2)
     artists.dot.set_data([result.gain], [result.static_db])
 
 
