@@ -75,7 +75,10 @@ class Explorer:
     chips : dict of str to function, optional
         Buttons. ``function(**values) -> dict`` of the control values to jump to.
     couple : function, optional
-        ``couple(name, values) -> dict`` of further control values that follow from moving the control ``name``.
+        ``couple(name, values) -> dict`` of further control values that follow from moving the control ``name``. A dict
+        of the control's traits may stand for a value: ``{"beta": {"max": 4.0, "value": 1.0}}``.
+    arrange : function, optional
+        ``arrange(controls, chips) -> widget`` that holds all of them; by default they stand in one wrapping row.
     title : str
         What the figure is, in a few words.
     description : str
@@ -112,7 +115,8 @@ class Explorer:
     {'slope': 0.5}
     """
 
-    def __init__(self, figure, controls, compute, draw, read, *, title, description, chips=None, couple=None):
+    def __init__(self, figure, controls, compute, draw, read, *, title, description, chips=None, couple=None,
+                 arrange=None):
         self.figure, self.controls, self.title, self.description = figure, dict(controls), title, description
         self.readout, self.errors = {}, []
         self._state = {name: control.value for name, control in self.controls.items()}
@@ -124,8 +128,6 @@ class Explorer:
         self._quiet = False
         self._chip_values = dict(chips or {})
         self.chips = {label: widgets.Button(description=label, layout={"width": "auto"}) for label in self._chip_values}
-        for first in list(self.chips.values())[:1]:
-            first.layout.margin = "2px 2px 2px 24px"  # apart from the controls in the same row
 
         width, _ = self._canvas.get_width_height()
         self._image = widgets.Image(format="png", layout={"max_width": f"{width}px", "width": "100%"})
@@ -134,8 +136,7 @@ class Explorer:
             layout={"height": "0", "margin": "0"},
         )
         self._numbers, self._message = widgets.HTML(), widgets.HTML()
-        row = {"flex_flow": "row wrap", "align_items": "center"}
-        controls = widgets.HBox([*self.controls.values(), *self.chips.values()], layout=row)
+        controls = (arrange or _in_one_row)(self.controls, self.chips)
         self.widget = widgets.VBox([controls, caption, self._image, self._numbers, self._message])
 
         self._step(None)
@@ -251,7 +252,8 @@ class Explorer:
             for name, value in values.items():
                 if name not in self.controls:
                     raise ValueError(f"there is no control {name!r}; controls are {', '.join(self.controls)}")
-                _check_allowed(name, self.controls[name], value)
+                if not isinstance(value, dict):
+                    _check_allowed(name, self.controls[name], value)
                 try:
                     self._put(name, value)
                 except TraitError as error:
@@ -266,7 +268,9 @@ class Explorer:
     def _put(self, name, value):
         control = self.controls[name]
         shown = control.value
-        control.value = value
+        with control.hold_sync(), control.hold_trait_notifications():  # limits and value change together
+            for trait, new in (value if isinstance(value, dict) else {"value": value}).items():
+                setattr(control, trait, new)
         self._state[name] = control.value
         if control.value != shown and hasattr(control, "step"):
             position = _position(control, control.value)
@@ -309,6 +313,13 @@ def _png(pixels):
 
     data = isal_zlib.compress(rows, 1)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def _in_one_row(controls, chips):
+    for first in list(chips.values())[:1]:
+        first.layout.margin = "2px 2px 2px 24px"  # apart from the controls
+    row = {"flex_flow": "row wrap", "align_items": "center"}
+    return widgets.HBox([*controls.values(), *chips.values()], layout=row)
 
 
 def _position(control, value):

@@ -335,3 +335,21 @@ def test_code_may_set_a_widget_back_at_once(line):
     line.explorer.set(slope=0.7)
     line.move(slope=0.5)
     assert line.explorer.readout["slope"] == 0.5
+
+
+def test_a_coupled_control_gets_new_limits_and_its_value_at_once():
+    line = Line(couple=lambda name, values: {"mirror": {"min": 10, "max": 20, "value": 15}} if name == "far" else {})
+    line.move(far=True)
+    mirror = line.explorer.controls["mirror"]
+    assert (mirror.min, mirror.max, mirror.value) == (10, 20, 15)
+    assert [c["mirror"] for c in line.computed] == [15]
+    line.explorer.set(mirror=18.0)
+    with pytest.raises(ValueError, match="from 10 to 20"):
+        line.explorer.set(mirror=0.0)
+
+
+def test_an_arrangement_of_its_own():
+    line = Line(arrange=lambda controls, chips: widgets.VBox([*chips.values(), *controls.values()]))
+    first = line.explorer.widget.children[0]
+    assert isinstance(first, widgets.VBox)
+    assert set(first.children) == {*line.explorer.controls.values(), *line.explorer.chips.values()}
