@@ -7,7 +7,7 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-_MODULES = ("affine", "calibration", "exercises", "explorers", "live", "samples")
+_MODULES = ("affine", "calibration", "exercises", "explorers", "floats", "live", "samples")
 
 
 def __getattr__(name):
