@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-
 _BLOCK = 2**14  # values at a time, so that they stay in the processor's cache
 
 
@@ -240,8 +239,9 @@ def decode(codes, fmt):
     """
     sign, exponent, mantissa = (np.asarray(field).astype(np.int64) for field in fields(codes, fmt))
     leading = np.where(exponent > 0, 1 << fmt.mantissa_bits, 0)
-    x = np.ldexp(np.float64(leading + mantissa), np.maximum(exponent, 1) - fmt.bias - fmt.mantissa_bits)
     beyond = (exponent << fmt.mantissa_bits) + mantissa - fmt.max_code
+    with np.errstate(over="ignore"):  # by codes of infinity and NaN
+        x = np.ldexp(np.float64(leading + mantissa), np.maximum(exponent, 1) - fmt.bias - fmt.mantissa_bits)
     x = np.where(beyond > 0, np.where((beyond == 1) & fmt.has_infinity, np.inf, np.nan), x)
     return np.where(sign == 1, -x, x)[()]
 
