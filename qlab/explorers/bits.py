@@ -108,8 +108,8 @@ def float_bits(value=-118.625, format="FP32"):
 
     Parameters
     ----------
-    value : float
-        To start with.
+    value : float or str
+        To start with; a text may be a fraction, "1/3", or "π".
     format : str or FloatFormat
         One of `qlab.floats.FORMATS` or its name.
 
@@ -141,7 +141,8 @@ def float_bits(value=-118.625, format="FP32"):
     controls = {
         "format": widgets.Dropdown(options=list(_BY_NAME), value=name, description="format",
                                    style={"description_width": "48px"}, layout={"width": "180px"}),
-        "value": widgets.Text(_spell(value), description="value", layout={"width": "250px"}, **text),
+        "value": widgets.Text(value if isinstance(value, str) else _spell(value), description="value",
+                              layout={"width": "250px"}, **text),
         "hex": widgets.Text(_hex(boxes.value, boxes.format), description="hex", layout={"width": "225px"}, **text),
         "binary": widgets.Text(_binary(boxes.value, boxes.format), description="binary", layout={"width": "410px"},
                                **text),
@@ -192,7 +193,7 @@ def float_bits(value=-118.625, format="FP32"):
         code = code_of(boxes.format)
         if code is None:
             raise ValueError(f"{boxes.format.name} has no code for {name}")
-        return settle(code, boxes.format)
+        return {"code": code}
 
     codes = {
         "−0": lambda fmt: fmt.sign_code,
@@ -380,13 +381,16 @@ def _product(result):
 def _number(text):
     """The number that a text spells: a Fraction, or a float for π, infinity and NaN."""
     plain = text.strip().replace("−", "-").replace("∞", "inf")
+    if plain.lower() in ("π", "pi"):
+        return float(np.pi)
+    try:
+        number = float(plain)
+        return Fraction(plain) if number and np.isfinite(number) else number
+    except ValueError:
+        pass
     try:
         return Fraction(plain)
     except (ValueError, ZeroDivisionError):
-        pass
-    try:
-        return float({"π": np.pi, "pi": np.pi}.get(plain.lower(), plain))
-    except ValueError:
         raise ValueError(f"value must be a number such as −118.625, 1e-3, 1/3, π, inf or nan, got {text!r}") from None
 
 
