@@ -39,8 +39,8 @@ class FloatFormat:
     Raises
     ------
     ValueError
-        If a number of bits is out of range, the numbers of the format are not all numbers of FP64, or ``specials`` is
-        none of the three.
+        If a number of bits is out of range, ``bias`` is not an integer, the numbers of the format are not all numbers
+        of FP64, or ``specials`` is none of the three.
 
     References
     ----------
@@ -67,10 +67,14 @@ class FloatFormat:
             bits = getattr(self, field)
             if isinstance(bits, bool) or not isinstance(bits, (int, np.integer)) or not 1 <= bits <= most:
                 raise ValueError(f"{field} must be an integer from 1 to {most}, got {bits!r}")
+            object.__setattr__(self, field, int(bits))  # NumPy's integers would overflow
         if self.specials not in ("ieee", "fn", "none"):
             raise ValueError(f"specials must be 'ieee', 'fn' or 'none', got {self.specials!r}")
         if self.bias is None:
             object.__setattr__(self, "bias", 2 ** (self.exponent_bits - 1) - 1)
+        if isinstance(self.bias, bool) or not isinstance(self.bias, (int, np.integer)):
+            raise ValueError(f"bias must be an integer, got {self.bias!r}")
+        object.__setattr__(self, "bias", int(self.bias))
         lowest, highest = 1 - self.bias - self.mantissa_bits, 2**self.exponent_bits - 1 - self.bias
         if lowest < -1074 or highest - (self.specials == "ieee") > 1023:
             raise ValueError(f"bias must keep all numbers within those of FP64, got {self.bias}")
@@ -311,9 +315,11 @@ def _reals(x):
     """``x`` as a float64 array, not empty."""
     try:
         x = np.asarray(x)
+        if x.dtype == object and all(isinstance(value, (int, float)) for value in x.flat):
+            x = x.astype(np.float64)  # integers of more than 64 bits
         if x.dtype.kind not in "biuf":
             raise TypeError
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         raise ValueError(f"x must be real numbers, got {repr(x)[:60]}") from None
     if x.size == 0:
         raise ValueError(f"x must not be empty, got shape {x.shape}")
@@ -324,7 +330,10 @@ def _codes(codes, fmt):
     """``codes`` in the unsigned type of the format."""
     try:
         array = np.asarray(codes)
-    except (TypeError, ValueError):
+        whole = (int, np.integer)
+        if array.dtype.kind == "f" and all(isinstance(code, whole) for code in np.asarray(codes, dtype=object).flat):
+            array = np.asarray(codes, dtype=np.uint64)  # NumPy makes floats of integers on both sides of 2^63
+    except (OverflowError, TypeError, ValueError):
         array = np.array("")
     if array.size == 0:
         raise ValueError(f"codes must not be empty, got shape {array.shape}")

@@ -1,9 +1,9 @@
-"""Print how fast the live figures and the error search are, as ratios: ``python -m tests.benchmarks``."""
+"""Print how fast live figures, error search and number formats are, as ratios: ``python -m tests.benchmarks``."""
 
 import statistics
 import warnings
 
-from tests.benchmarks import footprint, search, slider
+from tests.benchmarks import encode, footprint, search, slider
 
 
 def main():
@@ -18,6 +18,8 @@ def main():
           f"(direct: {search.DIRECT_SAMPLE} of them, scaled up)")
     warnings.simplefilter("ignore")  # torch's observers are deprecated; they are a reference here
     print(*search.table(search.measure(10**power) for power in (5, 6, 7)), sep="\n")
+    print(f"\nEncoding {encode.SIZE:,} float32 values")
+    print(*encode.table(encode.measure()), sep="\n")
     print("\nFootprint")
     print(*footprint.table(), sep="\n")
 
