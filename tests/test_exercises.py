@@ -1,6 +1,10 @@
 """The checks of the exercises: right, unanswered, nonsense, and every misconception they claim to know."""
 
+import math
 import re
+import struct
+from fractions import Fraction
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,9 +12,55 @@ import nbformat
 import numpy as np
 import pytest
 
-from qlab import exercises
+from qlab import affine, calibration, exercises, floats, samples
+from qlab.exercises import checking
 
 NOTEBOOKS = sorted(Path(__file__).parent.parent.joinpath("notebooks").glob("*.ipynb"))
+
+
+SEVEN = [5.47, 3.08, -7.59, 0, -1.95, -4.57, 10.8]
+
+
+def value(sign, exponent, mantissa, *, leading=1.0, bias=127):
+    """What the fields mean, with one thing wrong."""
+    fraction = int(mantissa) / 8388608
+    if exponent == 0:
+        return math.ldexp(fraction, -126) * (1 - 2 * sign)
+    return math.ldexp(leading + fraction, exponent - bias) * (1 - 2 * sign)
+
+
+def subnormal(leading, power):
+    """Right where the exponent is not 0."""
+    return lambda s, e, m: value(s, e, m) if e else (1 - 2 * s) * (leading + m / 8388608) * 2.0**power
+
+
+def fields(x, sign=(0, 1), exponent=lambda e: e + 127, mantissa=lambda fraction: int(fraction * 8388608)):
+    """(sign, exponent, mantissa), with one thing wrong."""
+    fraction, e = math.frexp(abs(x))
+    return sign[x < 0], exponent(e - 1), mantissa(2 * fraction - 1)
+
+
+def gap(x, mantissa_bits, exponent):
+    return math.ldexp(1, exponent - mantissa_bits)
+
+
+def absmax(x, bits, *, steps=None, largest=lambda x: max(abs(x)), rounded=np.rint):
+    s = largest(x) / (steps or 2 ** (bits - 1) - 1)
+    return s, rounded(x / s)
+
+
+def zero_point(x, bits, *, steps=None, ends=lambda x: (min(0, *x), max(0, *x)), z=None):
+    alpha, beta = ends(x)
+    s = (beta - alpha) / (steps or 2**bits - 1)
+    return s, z(alpha / s) if z else round(-alpha / s) - 2 ** (bits - 1)
+
+
+def half_up(v):
+    return -np.ceil(-v - 0.5)
+
+
+def half_away(v):
+    return np.sign(v) * (abs(v) + 0.5).astype(int)
 
 
 def clip_error(x, alpha, beta):
@@ -18,6 +68,94 @@ def clip_error(x, alpha, beta):
 
 
 MISTAKES = [
+    ("decode", partial(value, leading=0.0), "leading 1 is missing"),
+    ("decode", partial(value, bias=0), "133 means 2**(133 − 127)"),
+    ("decode", lambda s, e, m: value(s, 0, m) if e == 0 else value(s, int(np.uint8(e).astype(np.int8)), m, bias=0),
+     "not two's complement"),
+    ("decode", partial(value, bias=128), "not 128"),
+    ("decode", lambda s, e, m: (1 - 2 * s) * math.ldexp(1 + m, e - 127), "divide mantissa by 2**23"),
+    ("decode", lambda s, e, m: (1 - 2 * s) * m * 2 ** (e - 127), "divide mantissa by 2**23"),
+    ("decode", lambda s, e, m: (1 - 2 * s) * math.ldexp(1 + m / 10 ** len(str(m)), e - 127), "not decimal"),
+    ("decode", lambda s, e, m: value(s, e, m) * (1 + m / (2**23 - 1)) / (1 + m / 2**23), "largest mantissa"),
+    ("decode", lambda s, e, m: value(0, e, m), "Sign 1 means minus"),
+    ("decode", lambda s, e, m: s * value(0, e, m), "Sign 1 means minus"),
+    ("decode", subnormal(1, -127), "Exponent 0 is special"),
+    ("decode", subnormal(0, -127), "as at exponent 1"),
+    ("decode", subnormal(1, -126), "zero could not be written"),
+    ("decode", lambda s, e, m: value(s, e, m) if e else 0, "only if all mantissa bits are 0"),
+    ("encode", partial(fields, sign=(1, -1)), "not −1 and +1"),
+    ("encode", partial(fields, sign=(1, 0)), "1 for a negative number"),
+    ("encode", partial(fields, sign=(0, 0)), "1 for a negative number"),
+    ("encode", partial(fields, sign=(1, 1)), "1 for a negative number"),
+    ("encode", partial(fields, exponent=lambda e: e), "plus the bias"),
+    ("encode", partial(fields, exponent=lambda e: e + 128), "127, not 128"),
+    ("encode", partial(fields, exponent=lambda e: e + 126), "127, not 126"),
+    ("encode", lambda x: (int(x < 0), int(math.log2(abs(x))) + 127, fields(x)[2]), "cuts off towards 0"),
+    ("encode", partial(fields, mantissa=lambda f: int((1 + f) * 2**22)), "comes back as −123.3125"),
+    ("encode", partial(fields, mantissa=lambda f: int((1 + f) * 2**23)), "has 24 bits"),
+    ("encode", partial(fields, mantissa=lambda f: int(f"{int(f * 2**23):023b}".rstrip("0") or "0", 2)), "their place"),
+    ("encode", partial(fields, mantissa=lambda f: f), "fraction as an integer"),
+    ("encode", partial(fields, mantissa=lambda f: 1 + f), "Drop the leading 1, and multiply"),
+    ("encode", partial(fields, sign=(1, -1), exponent=lambda e: e), "not −1 and +1"),
+    ("encode", partial(fields, exponent=lambda e: e, mantissa=lambda f: f), "plus the bias"),
+    ("encode", lambda x: tuple(map(np.binary_repr, fields(x), (1, 8, 23))), "as integers"),
+    ("spacing", lambda x, m: 2**-m, "machine epsilon"),
+    ("spacing", lambda x, m: abs(x) / 2**m, "same spacing"),
+    ("spacing", lambda x, m: gap(x, m + 1, math.frexp(x)[1] - 1), "do not count it in"),
+    ("spacing", lambda x, m: gap(x, m, math.frexp(x)[1] - 1) / 2, "largest error of rounding"),
+    ("spacing", lambda x, m: gap(x, m, math.ceil(math.log2(abs(x)))), "not its ceiling"),
+    ("spacing", lambda x, m: gap(x, m, round(math.log2(abs(x)))), "nor the nearest integer"),
+    ("spacing", lambda x, m: gap(x, m, math.frexp(x)[1]), "math.frexp gives one more"),
+    ("spacing", lambda x, m: gap(x, m, math.frexp(np.nextafter(abs(x), 0))[1] - 1), "next smaller number"),
+    ("spacing", lambda x, m: math.copysign(1, x) * gap(x, m, math.frexp(x)[1] - 1), "A distance is positive"),
+    ("absmax", lambda x, bits: absmax(x, bits)[::-1], "s first, then q"),
+    ("absmax", lambda x, bits: (1 / absmax(x, bits)[0], absmax(x, bits)[1]), "This is 1 / s"),
+    ("absmax", partial(absmax, largest=max), "Take the maximum of |x|"),
+    ("absmax", lambda x, bits: absmax(x, bits, steps=(2**bits - 1) / 2), "torch's observers"),
+    ("absmax", lambda x, bits: absmax(x, bits, steps=(2**bits - 1) / 2, rounded=np.trunc), "torch's observers"),
+    ("absmax", lambda x, bits: absmax(x, bits, steps=2 ** (bits - 1)), "would have no code"),
+    ("absmax", lambda x, bits: absmax(x, bits, steps=2**bits - 1), "codes have a sign"),
+    ("absmax", partial(absmax, steps=255, largest=np.ptp), "scale of the zero-point mapping"),
+    ("absmax", partial(absmax, steps=127), "127 belongs to 8 bits"),
+    ("absmax", lambda x, bits: (absmax(x, bits)[0], np.rint(x * absmax(x, bits)[0])), "multiplying is the way back"),
+    ("absmax", partial(absmax, rounded=np.array), "not yet rounded"),
+    ("absmax", partial(absmax, rounded=lambda v: v.astype(int)), "36.9 becomes 36"),
+    ("absmax", partial(absmax, rounded=lambda v: v // 1), "The floor goes down"),
+    ("absmax", partial(absmax, rounded=half_up), "A half goes up"),
+    ("absmax", partial(absmax, rounded=half_away), "A half goes away from 0"),
+    ("zero_point", lambda x, bits: zero_point(x, bits)[::-1], "s first, then z"),
+    ("zero_point", lambda x, bits: (1 / zero_point(x, bits)[0], -23), "This is 1 / s"),
+    ("zero_point", partial(zero_point, ends=lambda x: (min(x), max(x))), "padding and ReLU"),
+    ("zero_point", partial(zero_point, ends=lambda x: (min(x), max(*x, 0))), "[1, 3] becomes [0, 3]"),
+    ("zero_point", partial(zero_point, ends=lambda x: (min(*x, 0), max(x))), "[−3, −1] becomes [−3, 0]"),
+    ("zero_point", lambda x, bits: zero_point(x, bits, steps=2**bits), "number of levels"),
+    ("zero_point", lambda x, bits: zero_point(x, bits, steps=2**bits - 2), "narrow range"),
+    ("zero_point", lambda x, bits: (absmax(x, bits)[0], 0), "scale of absmax"),
+    ("zero_point", partial(zero_point, ends=lambda x: (0, max(abs(x)))), "not from 0 to max|x|"),
+    ("zero_point", partial(zero_point, steps=255), "255 belongs to 8 bits"),
+    ("zero_point", partial(zero_point, z=lambda a: -128 - a), "z has to be an integer"),
+    ("zero_point", lambda x, bits: (zero_point(x, bits)[0], -zero_point(x, bits)[1]), "z has the other sign"),
+    ("zero_point", partial(zero_point, z=lambda a: -128 + round(a)), "Mind the sign"),
+    ("zero_point", partial(zero_point, z=lambda a: -round(a)), "unsigned codes"),
+    ("zero_point", partial(zero_point, z=round), "where α lies"),
+    ("zero_point", partial(zero_point, z=lambda a: -128 - round(a)), "lowest code of 8 bits"),
+    ("zero_point", partial(zero_point, z=lambda a: int(-128 - a)), "z is cut off"),
+    ("zero_point", lambda x, bits: zero_point(x, bits, z=lambda a: int(-a) - 2 ** (bits - 1)), "z is cut off"),
+    ("quantize", lambda x, s, z, low, high: np.rint(x / s) + z, "codes outside"),
+    ("quantize", lambda x, s, z, low, high: np.rint(x / s + z), "formula of the notes"),
+    ("quantize", lambda x, s, z, low, high: np.rint(x / s + z).clip(low, high), "another even neighbour"),
+    ("quantize", lambda x, s, z, low, high: (np.rint(x / s) - z).clip(low, high), "z is subtracted"),
+    ("quantize", lambda x, s, z, low, high: np.rint(x / s).clip(low, high) + z, "z is added after the clip"),
+    ("quantize", lambda x, s, z, low, high: np.int8(np.int32(np.rint(x / s)) + z).clip(low, high), "wraps around"),
+    ("quantize", lambda x, s, z, low, high: np.int8(np.int32(np.rint(x / s)) + z), "wraps around"),
+    ("quantize", lambda x, s, z, low, high: (np.rint(x / s) + z).clip(-128, 127), "arguments qmin and qmax"),
+    ("quantize", lambda x, s, z, low, high: (np.rint(x * s) + z).clip(low, high), "x is multiplied by s"),
+    ("quantize", lambda x, s, z, low, high: np.rint(x / s).clip(low, high), "z is missing"),
+    ("quantize", lambda x, s, z, low, high: (x / s + z).clip(low, high), "These are not integers"),
+    ("quantize", lambda x, s, z, low, high: ((x / s).astype(int) + z).clip(low, high), "The fraction is cut off"),
+    ("quantize", lambda x, s, z, low, high: (x // s + z).clip(low, high), "The floor goes down"),
+    ("quantize", lambda x, s, z, low, high: (half_up(x / s) + z).clip(low, high), "A half goes up"),
+    ("quantize", lambda x, s, z, low, high: (half_away(x / s) + z).clip(low, high), "A half goes away from 0"),
     ("clipping_error", lambda x, a, b: np.mean(clip_error(x, a, b)[(x < a) | (x > b)] ** 2), "clipped values alone"),
     ("clipping_error", lambda x, a, b: np.sum(clip_error(x, a, b) ** 2), "sum of the squared errors"),
     ("clipping_error", lambda x, a, b: np.mean(np.abs(clip_error(x, a, b))), "mean of |error|"),
@@ -32,12 +170,125 @@ MISTAKES = [
     ("best_range", lambda x, bits: 0.01, "only the rounding error"),
     ("best_range", lambda x, bits: 8.16e-4, "least error itself"),
     ("best_range", lambda x, bits: 1.2, "more candidates"),
+    ("best_range", lambda x, bits: 0.6, "At 4 bits your beta = 0.6 gives"),
 ]
-CHECKS = ["clipping_error", "percentile_range", "best_range"]
+CHECKS = ["decode", "encode", "spacing", "absmax", "zero_point", "quantize", "clipping_error", "percentile_range",
+          "best_range"]
+
+
+def as_word(sign, exponent, mantissa):
+    return sign << 31 | exponent << 23 | mantissa
+
+
+def in_float32(sign, exponent, mantissa):
+    two = np.float32(2)
+    normal = np.float32(exponent > 0)
+    return np.float32(-1) ** sign * (normal + np.float32(mantissa) / two**23) * two ** (max(exponent, 1) - 127)
+
+
+def from_text(x):
+    bits = "".join(f"{byte:08b}" for byte in struct.pack(">f", x))
+    return [int(bits[:1], 2), int(bits[1:9], 2), int(bits[9:], 2)]
+
+
+def by_halving(x):
+    significand, exponent = abs(x), 0
+    while significand >= 2:
+        significand, exponent = significand / 2, exponent + 1
+    while significand < 1:
+        significand, exponent = significand * 2, exponent - 1
+    return x < 0, exponent + 127, (significand - 1) * 2**23
+
+
+def single(x):
+    return np.abs(x.astype(np.float32)).max(), x.astype(np.float32)
+
+
+def absmax_float32(x, bits, *, by_reciprocal=False):
+    largest, x = single(x)
+    s = largest / np.float32(2 ** (bits - 1) - 1)
+    return s, np.rint(x * (np.float32(1) / s) if by_reciprocal else x / s).astype(np.int8)
+
+
+def absmax_float64(x, bits):
+    s = np.abs(x.astype(np.float64)).max() / (2 ** (bits - 1) - 1)
+    return [s, np.round(x.astype(np.float64) * (1 / s))]
+
+
+def absmax_loops(x, bits):
+    s = max(abs(v) for v in x) / (2 ** (bits - 1) - 1)
+    return s, [round(v / s) for v in x]
+
+
+def absmax_of_qlab(x, bits):
+    params = affine.absmax_params(x, bits)
+    return params.scale, affine.quantize(x, params)
+
+
+def zero_point_float32(x, bits):
+    low, high = np.minimum(single(x)[1].min(), 0), np.maximum(single(x)[1].max(), 0)
+    s = (high - low) / np.float32(2**bits - 1)
+    return np.array([s, np.rint(-low / s) - 2 ** (bits - 1)], np.float32)
+
+
+def zero_point_from_above(x, bits):
+    low, high = min(0.0, *x.tolist()), max(0.0, *x.tolist())
+    return [(high - low) / (2**bits - 1), np.int8(2 ** (bits - 1) - 1 - round(high * (2**bits - 1) / (high - low)))]
+
+
+def zero_point_of_qlab(x, bits):
+    params = affine.zero_point_params(x, bits)
+    return params.scale, params.zero_point
+
+
+RIGHT = [
+    ("decode", value),
+    ("decode", in_float32),
+    ("decode", lambda *fields: np.uint32(as_word(*fields)).view(np.float32)),
+    ("decode", lambda *fields: np.array(floats.decode(as_word(*fields), floats.FP32))),
+    ("decode", lambda s, e, m: Fraction(1 - 2 * s) * (Fraction(m, 2**23) + (e > 0)) * Fraction(2) ** (max(e, 1) - 127)),
+    ("encode", fields),
+    ("encode", from_text),
+    ("encode", by_halving),
+    ("encode", lambda x: np.array(fields(x), np.float64)),
+    ("encode", lambda x: np.float32(x).view(np.uint32) >> np.uint32([31, 23, 0]) & np.uint32([1, 255, 0x7FFFFF])),
+    ("encode", lambda x: floats.fields(int(floats.encode(x, floats.FP32)), floats.FP32)),
+    ("spacing", lambda x, m: gap(x, m, math.frexp(x)[1] - 1)),
+    ("spacing", lambda x, m: 2 ** (math.floor(math.log2(abs(x))) - m)),
+    ("spacing", lambda x, m: np.exp2(np.floor(np.log2(np.abs(np.float32(x)))) - np.float32(m))),
+    ("spacing", lambda x, m: np.spacing(abs(x)) * 2 ** (52 - m)),
+    ("spacing", lambda x, m: gap(x, m, int(math.log2(abs(x))))),  # |x| is at least 1
+    ("absmax", absmax),
+    ("absmax", absmax_float32),
+    ("absmax", partial(absmax_float32, by_reciprocal=True)),
+    ("absmax", absmax_float64),
+    ("absmax", absmax_loops),
+    ("absmax", absmax_of_qlab),
+    ("zero_point", zero_point),
+    ("zero_point", zero_point_float32),
+    ("zero_point", zero_point_from_above),
+    ("zero_point", zero_point_of_qlab),
+    ("quantize", lambda x, s, z, low, high: (np.rint(x / s) + z).clip(low, high).astype(np.int8)),
+    ("quantize", lambda x, s, z, low, high: [min(max(round(v / s) + z, low), high) for v in x]),
+    ("quantize", lambda x, s, z, low, high: np.rint(x.astype(float) / s).clip(low - z, high - z) + z),
+    ("quantize", lambda x, s, z, low, high: (np.rint(single(x)[1] / np.float32(s)) + z).clip(low, high)),
+    ("quantize", lambda x, s, z, low, high: (np.rint(single(x)[1] * np.float32(1 / s)) + z).clip(low, high)),
+    ("quantize", lambda x, *params: affine.quantize(x, affine.QParams(*params))),
+    ("clipping_error", lambda x, a, b: np.square(np.maximum(a - x, 0) + np.maximum(x - b, 0)).mean()),
+    ("percentile_range", lambda x, p: np.quantile(x, [1 - p / 100, p / 100])),
+    ("best_range", lambda x, bits: calibration.mse(x, bits, symmetric=True)[1]),
+]
 
 
 def check(name, function):
     return getattr(exercises, f"check_{name}")(function)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("name", "right"), RIGHT)
+def test_right_in_many_ways(name, right):
+    verdict = check(name, right)
+    assert verdict.passed, verdict.text
 
 
 @pytest.mark.parametrize(("name", "wrong", "hint"), MISTAKES)
@@ -47,16 +298,62 @@ def test_a_misconception_is_recognised(name, wrong, hint):
     assert hint in verdict.text
 
 
+def claimed():
+    """(check, wrong idea, hint) of all checks that keep a list of misconceptions."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (exercises.floats, exercises.affine, exercises.calibration):
+            patch.setattr(module, "check", lambda _, cases, misconceptions, *rest, **options: misconceptions)
+        for name in CHECKS:
+            if name != "best_range":
+                found += [(name, idea, hint) for idea, hint in check(name, None)]
+    return found
+
+
+@pytest.mark.parametrize(("name", "idea", "hint"), claimed())
+def test_every_claimed_misconception_is_among_the_mistakes(name, idea, hint):
+    assert any(phrase in hint for mistaken, _, phrase in MISTAKES if mistaken == name)
+
+
+@pytest.mark.parametrize(("name", "idea", "hint"), claimed())
+def test_no_hint_is_hidden_by_another(name, idea, hint):
+    right = {"encode": fields, "absmax": absmax, "zero_point": zero_point}.get(name)
+
+    def mistaken(*arguments):
+        answer = idea(*arguments)
+        if isinstance(answer, tuple) and any(part is ... for part in answer):
+            return tuple(a if w is ... else w for w, a in zip(answer, right(*arguments), strict=True))
+        return answer
+
+    assert hint in check(name, mistaken).text
+
+
 @pytest.mark.parametrize("name", CHECKS)
-@pytest.mark.parametrize("answer", [None, ...])
+@pytest.mark.parametrize("answer", [None, ..., (None, None), (0.5, ...)])
 def test_unanswered_is_no_error(name, answer):
     verdict = check(name, lambda *_: answer)
     assert verdict.passed is None
     assert repr(verdict) == "… Not answered yet."
 
 
+class Hostile:
+    def __array__(self, *_, **__):
+        raise RuntimeError("no array")
+
+
+ITSELF = [1]
+ITSELF.append(ITSELF)
+NONSENSE = [
+    "text", object(), [], (), [1, [2]], np.nan, -1.0, {"a": 1}, 1j, np.zeros((2, 2)), np.array(None), b"", int, [None],
+    10**400, (10**400, 1, 1), ("0", "1"), (0.1, "text"), (np.nan,) * 3, (1, 2, 3, 4), np.inf, -np.inf, Hostile(),
+    ITSELF, (0.1, np.zeros((2, 2))), {1, 2}, np.array(["a", "b"]), (x for x in (1, 2)), np.datetime64("2020-01-01"),
+    np.zeros(7),
+]
+
+
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", CHECKS)
-@pytest.mark.parametrize("nonsense", ["text", object(), [], [1, [2]], np.nan, -1.0, {"a": 1}, 1j, np.zeros((2, 2))])
+@pytest.mark.parametrize("nonsense", NONSENSE, ids=lambda value: type(value).__name__)
 def test_nonsense_is_wrong_not_a_crash(name, nonsense):
     assert check(name, lambda *_: nonsense).passed is False
 
@@ -75,7 +372,109 @@ def test_the_tiny_case_is_printed_and_survives_a_function_that_writes_to_it():
 
     said = [check("clipping_error", writes).text for _ in range(2)]
     assert said[0] == said[1]
-    assert "x = [-4.0, -1.0, 0.0, 0.5, 2.0, 6.0], alpha = -2, beta = 3: expected 2.1667" in said[0]
+    assert "x = [-4.0, -1.0, 0.0, 0.5, 2.0, 6.0], alpha = -2, beta = 3: expected 2.16667" in said[0]
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("decode", "For sign = 1, exponent = 133, mantissa = 7159808 (the word 0xC2ED4000): expected -118.625, "),
+    ("encode", "For x = -118.625: expected (1, 133, 7159808), "),
+    ("spacing", "For x = 1000.0, mantissa_bits = 10 (FP16): expected 0.5, "),
+    ("absmax", f"For x = {list(map(float, SEVEN))}, bits = 8: expected (0.0850394, [64, 36, -89, 0, -23, -54, 127]), "),
+    ("zero_point", f"For x = {list(map(float, SEVEN))}, bits = 8: expected (0.0721176, -23), "),
+    ("quantize", "For x = [-300.0, -5.0, -1.5, -1.0, 0.0, 1.0, 3.0, 394.0], s = 2, z = 3, qmin = -128, qmax = 127: "
+                 "expected [-128, 1, 2, 3, 3, 3, 5, 127], "),
+])
+def test_the_first_case_is_tiny_and_tells_what_came(name, said):
+    assert check(name, lambda *_: (7, 7.5)).text.split("\n")[0] == said + "your function gave (7, 7.5)."
+
+
+def asked(name, right):
+    """The arguments of all calls that a check makes, arrays as tuples."""
+    calls = []
+
+    def recorded(*arguments):
+        calls.append(tuple(tuple(a.tolist()) if isinstance(a, np.ndarray) else a for a in arguments))
+        return right(*arguments)
+
+    assert check(name, recorded).passed
+    return calls
+
+
+def test_what_is_asked():
+    decoded = asked("decode", value)
+    assert {(0, 127, 0), (0, 0, 0), (1, 0, 0), (0, 0, 1), (0, 254, 2**23 - 1)} < set(decoded)
+    encoded = [x for (x,) in asked("encode", fields)]
+    assert encoded[:4] == [-118.625, 1.0, 0.15625, 6.5]
+    assert min(encoded, key=abs) < 0 and 1e20 < max(encoded) < 1e38
+    assert all(np.float32(x) == x for x in encoded)
+    spaced = asked("spacing", lambda x, m: gap(x, m, math.frexp(x)[1] - 1))
+    assert {m for _, m in spaced} == {7, 10, 23} and min(abs(x) for x, _ in spaced) == 1
+    mapped = asked("absmax", absmax)
+    assert [(len(x), bits) for x, bits in mapped] == [(7, 8), (6, 4), (7, 8), (36_864, 4)]
+    assert [max(x) < -min(x) for x, _ in mapped[:3]] == [False, False, True]
+    assert [(len(x), bits) for x, bits in asked("zero_point", zero_point)] == [(7, 8), (3, 8), (3, 8), (73_728, 4)]
+    assert [(len(x), *rest) for x, *rest in asked("quantize", dict(RIGHT)["quantize"])] == [
+        (8, 2.0, 3, -128, 127), (73_728, 0.11, -3, -8, 7)]
+
+
+def test_an_exception_is_told_with_its_case():
+    verdict = check("spacing", lambda x, m: gap(x, m, math.floor(math.log2(x))))
+    assert verdict.text.startswith("For x = -1000.0, mantissa_bits = 23 (FP32), your function raised ValueError: ")
+
+
+def test_values_that_look_alike_are_told_apart():
+    text = check("decode", lambda *fields: value(*fields) * (1 + 1e-7)).text
+    assert "expected -118.625, your function gave -118.625011863." in text
+
+
+@pytest.mark.parametrize(("name", "wrong"), [
+    ("encode", lambda x: (*fields(x)[:2], fields(x)[2] + 1)),
+    ("encode", lambda x: (*fields(x)[:2], fields(x)[2] + 0.5)),
+    ("absmax", lambda x, bits: (absmax(x, bits)[0], absmax(x, bits)[1] * (1 + 1e-9))),
+    ("zero_point", lambda x, bits: (zero_point(x, bits)[0], zero_point(x, bits)[1] - 1e-6)),
+    ("quantize", lambda x, s, z, low, high: (np.rint(x / s) + z).clip(low, high) * (1 + 1e-9)),
+])
+def test_integers_are_compared_exactly(name, wrong):
+    assert check(name, wrong).passed is False
+
+
+def test_of_a_long_array_the_first_difference_is_told():
+    def nearly(x, bits):
+        s, q = absmax(x, bits)
+        q[1000::1000] += 1
+        return s, q
+
+    s, codes = absmax(samples.load("weights")[:64].ravel(), 4)
+    shown = f"({s:.6g}, [{', '.join(f'{code + 0:.0f}' for code in codes[:8])}, …])"
+    assert check("absmax", nearly).text == (
+        f"For 36,864 real weights, bits = 4: expected {shown}, your function gave {shown}.\n"
+        f"  36 of 36,864 numbers differ. The first at index 1000: expected {codes[1000]:.0f}, "
+        f"your function gave {codes[1000] + 1:.0f}.")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_real_data_has_no_near_ties(dtype):
+    weights, activations = samples.load("weights")[:64].astype(dtype), samples.load("activations").astype(dtype)
+    for x, s in ((weights, dtype(1.1875) / dtype(7)), (activations, dtype(0.11))):
+        steps = x / s
+        assert np.abs(np.abs(steps - np.floor(steps)) - 0.5).min() > 5e-5
+
+
+@pytest.mark.parametrize(("value", "text"), [
+    (-0.0, "0"), (7159808.0, "7159808"), (0.08503937, "0.0850394"), (3.4e38, "3.4e+38"), (np.nan, "nan"),
+    (np.inf, "inf"), ((1, 2.5), "(1, 2.5)"), ([1, 2.5], "[1, 2.5]"), (np.arange(8), "[0, 1, 2, 3, 4, 5, 6, 7]"),
+    (np.arange(9), "[0, 1, 2, 3, 4, 5, 6, 7, …]"), ((0.5, np.arange(2)), "(0.5, [0, 1])"), ("text", "'text'"),
+    ([0.5, "text"], "[0.5, 'text']"),
+])
+def test_answers_are_shown_in_few_characters(value, text):
+    assert checking.show(value) == text
+
+
+def test_a_misconception_that_is_right_so_far_is_not_told():
+    cases = [checking.Case("x = 1", (1,), (1, 2))]
+    ideas = [(lambda x: (1, ...), "first"), (lambda x: (..., 3), "second")]
+    assert "second" in checking.check(lambda x: (1, 3), cases, ideas, "Right.").text
+    assert "first" not in checking.check(lambda x: (1, 4), cases, ideas, "Right.").text
 
 
 def solutions():

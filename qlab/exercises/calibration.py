@@ -1,37 +1,11 @@
-"""Checks for the learner's own functions.
-
-Each ``check_…(function)`` runs the function on a tiny case first and says what was expected and what came; then on
-real data. A wrong answer that a known misconception would give is told which one it is. A function that still
-returns None (or ``...``) is not answered yet, which is no error: a notebook runs to its end with open exercises.
-"""
-
-from dataclasses import dataclass
+"""Checks of lesson 03: clipping and the choice of the range."""
 
 import numpy as np
 
 from qlab import calibration, samples
+from qlab.exercises.checking import Case, Verdict, call, check, numbers, show
 
 _TINY = np.array([-4.0, -1.0, 0.0, 0.5, 2.0, 6.0])
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a check found. ``passed`` is True, False, or None while the exercise is not answered."""
-
-    passed: bool | None
-    text: str
-
-    def __repr__(self):
-        return f"{ {True: '✓', False: '✗', None: '…'}[self.passed]} {self.text}"
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call: how it is written for the learner, its arguments, and what is right."""
-
-    written: str
-    arguments: tuple
-    expected: object
 
 
 def check_clipping_error(function):
@@ -69,7 +43,7 @@ def check_clipping_error(function):
         Case(f"x = {_TINY.tolist()}, alpha = -2, beta = 3", (_TINY, -2.0, 3.0), right(_TINY, -2, 3)),
         Case("73,728 real activations, alpha = -0.3, beta = 0.5", (x, -0.3, 0.5), right(x, -0.3, 0.5)),
     ]
-    return _check(function, cases, misconceptions, "Right, on the tiny case and on 73,728 real activations.")
+    return check(function, cases, misconceptions, "Right, on the tiny case and on 73,728 real activations.")
 
 
 def check_percentile_range(function):
@@ -98,7 +72,7 @@ def check_percentile_range(function):
         Case("x = −20, −19, …, 80, p = 95", (tiny, 95.0), calibration.percentile(tiny, 95)),
         Case("73,728 real activations, p = 99.9", (x, 99.9), calibration.percentile(x, 99.9)),
     ]
-    return _check(function, cases, misconceptions, "Right, on the tiny case and on 73,728 real activations.")
+    return check(function, cases, misconceptions, "Right, on the tiny case and on 73,728 real activations.")
 
 
 def check_best_range(function):
@@ -117,12 +91,12 @@ def check_best_range(function):
     profile = calibration.ErrorProfile(x)
     reach = float(np.abs(x).max())
     for bits in (4, 3, 8):
-        answer, problem = _call(function, (x, bits))
+        answer, problem = call(function, (x, bits), f"73,728 real activations, bits = {bits}")
         if problem:
             return problem
-        beta = _numbers(answer)
+        beta = numbers(answer)
         if beta is None or beta.ndim or not np.isfinite(beta) or beta <= 0:
-            return Verdict(False, f"Expected one positive number, beta; your function gave {_show(answer)}.")
+            return Verdict(False, f"Expected one positive number, beta; your function gave {show(answer)}.")
         beta = float(beta)
         best = calibration.mse(profile, bits, symmetric=True)[1]
         least = profile.mse(-best, best, bits, symmetric=True)
@@ -141,49 +115,3 @@ def check_best_range(function):
             hint = " Try more candidates between 0 and max |x|."
         return Verdict(False, said + hint)
     return Verdict(True, "Right: within 2 % of the least possible error at 3, 4 and 8 bits.")
-
-
-def _check(function, cases, misconceptions, praise):
-    for case in cases:
-        answer, problem = _call(function, case.arguments)
-        if problem:
-            return problem
-        if not _same(answer, case.expected):
-            said = f"For {case.written}: expected {_show(case.expected)}, your function gave {_show(answer)}."
-            hints = [hint for wrong, hint in misconceptions if _same(answer, wrong(*case.arguments))]
-            return Verdict(False, "\n  ".join([said, *hints[:1]]))
-    return Verdict(True, praise)
-
-
-def _call(function, arguments):
-    """The function's answer, or a verdict if there is none to judge."""
-    copies = [np.copy(value) if isinstance(value, np.ndarray) else value for value in arguments]
-    try:
-        answer = function(*copies)
-    except Exception as error:
-        return None, Verdict(False, f"Your function raised {type(error).__name__}: {error}")
-    if answer is None or answer is ...:
-        return None, Verdict(None, "Not answered yet.")
-    return answer, None
-
-
-def _same(answer, expected):
-    answer, expected = _numbers(answer), _numbers(expected)
-    return answer is not None and answer.shape == expected.shape and np.allclose(answer, expected, rtol=1e-4, atol=0)
-
-
-def _numbers(value):
-    """``value`` as a float64 array, or None if it is not made of real numbers."""
-    try:
-        array = np.asarray(value)
-        return array.astype(np.float64) if array.dtype.kind in "biuf" else None
-    except (TypeError, ValueError):
-        return None
-
-
-def _show(value):
-    array = _numbers(value)
-    if array is None:
-        return repr(value)[:80]
-    numbers = [f"{number:.5g}" for number in array.ravel()[:6]]
-    return numbers[0] if array.ndim == 0 else f"({', '.join(numbers)})"

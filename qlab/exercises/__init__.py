@@ -1,0 +1,18 @@
+"""Checks for the learner's own functions.
+
+Each ``check_…(function)`` runs the function on a tiny case first and says what was expected and what came; then on
+further ones, real data among them. A wrong answer that a known misconception would give is told which one it is. A
+function that still returns None (or ``...``, or a tuple with one of them) is not answered yet, which is no error: a
+notebook runs to its end with open exercises.
+
+Integers are compared exactly. Real data has no value so near a tie that float32 and float64 round it apart.
+"""
+
+from qlab.exercises.affine import check_absmax, check_quantize, check_zero_point
+from qlab.exercises.calibration import check_best_range, check_clipping_error, check_percentile_range
+from qlab.exercises.floats import check_decode, check_encode, check_spacing
+
+__all__ = [
+    "check_absmax", "check_best_range", "check_clipping_error", "check_decode", "check_encode",
+    "check_percentile_range", "check_quantize", "check_spacing", "check_zero_point",
+]

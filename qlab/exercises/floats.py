@@ -1,0 +1,171 @@
+"""Checks of lesson 01: the bits of a floating-point number."""
+
+import struct
+
+import numpy as np
+
+from qlab.exercises.checking import Case, check
+
+
+def check_decode(function):
+    """Check ``function(sign, exponent, mantissa)``, the value of an FP32 word from its three fields.
+
+    The fields are unsigned integers. Exponent 255 (infinity and NaN) is not asked, and 0 will do for −0. Values are
+    compared to a relative 1e-8.
+
+    References
+    ----------
+    IEEE 754-2019, section 3.4.
+
+    Examples
+    --------
+    >>> def decode(sign, exponent, mantissa):
+    ...     leading = 1 if exponent > 0 else 0
+    ...     return (-1) ** sign * (leading + mantissa / 2**23) * 2.0 ** (max(exponent, 1) - 127)
+    >>> check_decode(decode)
+    ✓ Right: normal and subnormal numbers, both zeros, and the largest number.
+    """
+
+    def right(s, e, m):
+        return struct.unpack(">f", struct.pack(">I", s << 31 | e << 23 | m))[0]
+
+    whole = ("The mantissa bits stand after the point, worth 1/2, 1/4, 1/8 and so on: divide mantissa by 2**23, and "
+             "add the leading 1, which is not stored.")
+    misconceptions = [
+        (lambda s, e, m: (-1) ** s * (1 + m / 2**23) * 2.0 ** (e - 127),
+         "Exponent 0 is special: the leading digit is 0 there, not 1, and the power is 2**−126. These are the "
+         "subnormal numbers, and zero is one of them."),
+        (lambda s, e, m: (-1) ** s * ((e > 0) + m / 2**23) * 2.0 ** (e - 127),
+         "No leading 1 at exponent 0: right. The power is 2**−126 there, as at exponent 1, so that the subnormal "
+         "numbers reach up to the normal ones without a gap."),
+        (lambda s, e, m: (-1) ** s * (1 + m / 2**23) * 2.0 ** (max(e, 1) - 127),
+         "The power 2**−126 is right. But at exponent 0 the leading digit is 0: otherwise zero could not be written."),
+        (lambda s, e, m: right(s, e, m) if e else 0.0,
+         "Exponent 0 is the number 0 only if all mantissa bits are 0. Otherwise it is a subnormal number, mantissa / "
+         "2**23 · 2**−126."),
+        (lambda s, e, m: (-1) ** s * (m / 2**23) * 2.0 ** (e - 127),
+         "The leading 1 is missing. It is not stored, but it counts: the number is 1.m, so add 1 to mantissa / 2**23."),
+        (lambda s, e, m: (-1) ** s * (1 + m / 2**23) * 2.0**e,
+         "The exponent is stored with a bias of 127: 133 means 2**(133 − 127)."),
+        (lambda s, e, m: (-1) ** s * (1 + m / 2**23) * 2.0 ** (e - 256 * (e > 127)),
+         "The exponent is not two's complement, in which 133 would be −123. It is unsigned with a bias: 133 − 127 = "
+         "6."),
+        (lambda s, e, m: (-1) ** s * (1 + m / 2**23) * 2.0 ** (e - 128),
+         "The bias is 127, not 128: the exponent of 1.0 is stored as 127."),
+        (lambda s, e, m: (-1) ** s * (1 + m) * 2.0 ** (e - 127), whole),
+        (lambda s, e, m: (-1) ** s * m * 2.0 ** (e - 127), whole),
+        (lambda s, e, m: (-1) ** s * float(f"1.{m}") * 2.0 ** (e - 127),
+         "The digits after the point of 1.m are binary ones, not decimal: add mantissa / 2**23 to 1."),
+        (lambda s, e, m: (-1) ** s * (1 + m / (2**23 - 1)) * 2.0 ** (e - 127),
+         "Divide by 2**23, not by the largest mantissa, 2**23 − 1: 23 ones after the point stay just below 1."),
+        (lambda s, e, m: abs(right(s, e, m)),
+         "The magnitude is right. Sign 1 means minus: multiply by (−1)**sign."),
+    ]
+    fields = [(1, 133, 7159808), (0, 127, 0), (0, 0, 0), (1, 0, 0), (1, 0, 2**22 + 1), (0, 0, 1), (0, 254, 2**23 - 1)]
+    cases = [Case(f"sign = {s}, exponent = {e}, mantissa = {m} (the word 0x{s << 31 | e << 23 | m:08X})", (s, e, m),
+                  right(s, e, m)) for s, e, m in fields]
+    praise = "Right: normal and subnormal numbers, both zeros, and the largest number."
+    return check(function, cases, misconceptions, praise, rtol=1e-8)
+
+
+def check_encode(function):
+    """Check ``function(x)``, the fields (sign, exponent, mantissa) of the FP32 word of x, as unsigned integers.
+
+    Every x that is asked is a normal number and exact in FP32, so nothing has to be rounded.
+
+    References
+    ----------
+    IEEE 754-2019, section 3.4.
+
+    Examples
+    --------
+    >>> def encode(x):
+    ...     exponent = int(np.floor(np.log2(abs(x))))
+    ...     return int(x < 0), exponent + 127, int((abs(x) / 2.0**exponent - 1) * 2**23)
+    >>> check_encode(encode)
+    ✓ Right, for −118.625 and six more numbers.
+    """
+
+    def right(x):
+        word = struct.unpack(">I", struct.pack(">f", x))[0]
+        return word >> 31, word >> 23 & 0xFF, word & 0x7FFFFF
+
+    def exponent(change):
+        return lambda x: (..., change(right(x)[1]), ...)
+
+    def mantissa(change):
+        return lambda x: (..., ..., change(right(x)[2]))
+
+    misconceptions = [
+        (lambda x: tuple(f"{field:0{width}b}" for field, width in zip(right(x), (1, 8, 23), strict=True)),
+         "The bits are right. Return them as integers: int(text, 2) reads a text of bits."),
+        (lambda x: (int(x > 0), ..., ...), "The sign bit is 1 for a negative number and 0 for a positive one."),
+        (lambda x: (-1 if x < 0 else 1, ..., ...),
+         "The sign field is one bit: 1 for a negative number and 0 for a positive one, not −1 and +1."),
+        (exponent(lambda e: e - 127),
+         "This is the exponent itself. What is stored is that plus the bias of 127, so that it is never negative."),
+        (lambda x: (..., int(np.log2(abs(x))) + 127, ...),
+         "int() cuts off towards 0, which is one too high for a negative logarithm. np.floor always goes down."),
+        (exponent(lambda e: e + 1),
+         "The exponent is one too large. The bias is 127, not 128, and before it is added the exponent is that of "
+         "1.m, the floor of log2|x|. (math.frexp writes 0.1m, and its exponent is one more.)"),
+        (exponent(lambda e: e - 1), "The exponent is one too small: the bias is 127, not 126."),
+        (mantissa(lambda m: (2**23 + m) >> 1),
+         "This stores the leading 1 as well: 1110110101…, which is what the notes write. Decoding adds that 1 again, "
+         "and −118.625 comes back as −123.3125. Drop it, and store the 23 bits after it."),
+        (mantissa(lambda m: 2**23 + m),
+         "This has 24 bits: the leading 1 and the 23 after it. Only those 23 are stored, so drop the leading 1."),
+        (mantissa(lambda m: m // (m & -m or 1)),
+         "The bits are right, their place is not. They start at the left end of the 23 bits: fill up with zeros on "
+         "the right."),
+        (mantissa(lambda m: m / 2**23),
+         "This is the fraction, m in 1.m. The field is that fraction as an integer: multiply by 2**23."),
+        (mantissa(lambda m: 1 + m / 2**23),
+         "This is 1.m. Drop the leading 1, and multiply the rest by 2**23 to make it an integer."),
+    ]
+    singles = np.float32([-118.625, 1.0, 0.15625, 6.5, -1.75 * 2.0**-15, np.pi, 6.02214076e23]).tolist()
+    cases = [Case(f"x = {x}", (x,), right(x)) for x in singles]
+    return check(function, cases, misconceptions, "Right, for −118.625 and six more numbers.")
+
+
+def check_spacing(function):
+    """Check ``function(x, mantissa_bits)``, the distance from |x| to the next larger number of a binary format.
+
+    ``mantissa_bits`` counts the stored bits, without the leading 1. |x| is 1 or more; if it lies between two numbers
+    of the format, their distance is asked.
+
+    References
+    ----------
+    Goldberg 1991, "What every computer scientist should know about floating-point arithmetic", section 1.2.
+
+    Examples
+    --------
+    >>> check_spacing(lambda x, mantissa_bits: 2.0 ** (np.floor(np.log2(abs(x))) - mantissa_bits))
+    ✓ Right, for FP32, FP16 and BF16.
+    """
+
+    def exponent(x):
+        return np.floor(np.log2(abs(x)))
+
+    misconceptions = [
+        (lambda x, m: 2.0**-m,
+         "This is the spacing at 1, the machine epsilon. From there it doubles with each power of two: multiply by "
+         "2**exponent."),
+        (lambda x, m: abs(x) * 2.0**-m,
+         "Between two powers of two all numbers have the same spacing, so it does not grow with x itself: put "
+         "2**exponent in place of |x|."),
+        (lambda x, m: 2.0 ** (np.ceil(np.log2(abs(x))) - 1 - m),
+         "At a power of two the spacing changes. This is the distance to the next smaller number; the next larger one "
+         "is twice as far."),
+        (lambda x, m: 2.0 ** (exponent(x) + 1 - m),
+         "Twice too large. The exponent is that of 1.m: the floor of log2|x|, not its ceiling, nor the nearest "
+         "integer. (math.frexp gives one more, for it writes 0.1m.)"),
+        (lambda x, m: 2.0 ** (exponent(x) - m - 1),
+         "Half of it. The leading 1 is not among the mantissa bits, so do not count it in. (Half the spacing is the "
+         "largest error of rounding to nearest.)"),
+        (lambda x, m: np.copysign(2.0 ** (exponent(x) - m), x), "A distance is positive: take |x|."),
+    ]
+    asked = [(1000.0, 10, "FP16"), (3.14159, 7, "BF16"), (1.0, 23, "FP32"), (1024.0, 10, "FP16"),
+             (-1000.0, 23, "FP32")]
+    cases = [Case(f"x = {x}, mantissa_bits = {m} ({name})", (x, m), 2.0 ** (exponent(x) - m)) for x, m, name in asked]
+    return check(function, cases, misconceptions, "Right, for FP32, FP16 and BF16.")
