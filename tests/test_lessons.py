@@ -1,0 +1,116 @@
+"""What the lessons print of the notes' worked examples is right, and what they say of libraries holds."""
+
+import re
+from pathlib import Path
+
+import gguf
+import nbformat
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch.ao.quantization import MinMaxObserver
+
+from qlab import samples
+from qlab.affine import absmax_params, dequantize, quantize, zero_point_params
+from qlab.floats import FP32, decode, encode, fields
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+SEVEN = np.float32([5.47, 3.08, -7.59, 0, -1.95, -4.57, 10.8])
+
+
+def cells(lesson):
+    (path,) = NOTEBOOKS.glob(f"{lesson}_*.ipynb")
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def printed(lesson):
+    """All that a lesson prints, with runs of spaces as one."""
+    texts = (output.get("text") or output.get("data", {}).get("text/plain", "")
+             for cell in cells(lesson) for output in cell.outputs)
+    return re.sub(r"[ \n]+", " ", " ".join(texts))
+
+
+def functions(lesson, *names):
+    """Functions that a lesson defines, as it defines them."""
+    scope = {"np": np, "onnxruntime": onnxruntime, "samples": samples}
+    for cell in cells(lesson):
+        if any(f"def {name}(" in cell.source for name in names):
+            exec(cell.source, scope)
+    return [scope[name] for name in names]
+
+
+@pytest.mark.parametrize("lesson, text", [
+    ("01", "118.625 = 1110110.101 in binary"), ("01", "1 10000101 11011010100000000000000"), ("01", "0xC2ED4000"),
+    ("01", "100000101 in binary is 261 and 133 is 10000101"), ("01", "the word decodes to -123.3125"),
+    ("01", "exponents of normal numbers: -126 to 127"), ("01", "133 is the exponent 6 and would be -123"),
+    ("02", "s = 0.08503937007874016"), ("02", "32 would give 2.72, 36 gives 3.06"), ("02", "MSE = 0.000298"),
+    ("02", "[ 64. 36. -89. 0. -23. -54. 127.]"), ("02", "smallest code that absmax can produce: -127"),
+    ("02", "[ 0.0275 0.0186 -0.0215 0. 0.0059 0.0221 0. ]"), ("02", "s = 18.39 / 255 = 0.0721176 z = -23"),
+    ("02", "[ 53. 20. -128. -23. -50. -86. 127.]"), ("02", "[ 5.4809 3.1011 -7.5724 0. -1.9472 -4.5434 10.8176]"),
+    ("02", "[-0.0109 -0.0211 -0.0176 0. -0.0028 -0.0266 -0.0176]"), ("02", "MSE = 0.000272"),
+    ("02", "254: QParams(scale=0.763469, zero_point=-125, qmin=-127, qmax=127)"),
+    ("02", "255: QParams(scale=0.760475, zero_point=-126, qmin=-128, qmax=127)"),
+])
+def test_a_worked_example_is_printed(lesson, text):
+    assert text in printed(lesson)
+
+
+def test_the_notes_number_in_fp32():
+    assert encode(-118.625, FP32) == 0xC2ED4000 == int("1" "10000101" "11011010100000000000000", 2)
+    assert tuple(fields(0xC2ED4000, FP32)) == (1, 133, 0b11011010100000000000000)
+    assert decode(int("1" "10000101" "11101101010000000000000", 2), FP32) == -123.3125
+
+
+def random_data():
+    rng = np.random.default_rng(1)
+    yield SEVEN
+    for _ in range(200):
+        yield np.float32(rng.standard_normal(32) * rng.uniform(0.01, 100) + rng.normal())
+
+
+@pytest.mark.filterwarnings("ignore")  # the observers are deprecated; they are a reference here
+@pytest.mark.parametrize("name, scheme", [
+    ("torch_symmetric", torch.per_tensor_symmetric), ("torch_affine", torch.per_tensor_affine),
+])
+def test_what_torch_does_with_seven_numbers(name, scheme):
+    (formula,) = functions("02", name)
+    for data in random_data():
+        # Of both signs: the lesson's formula does not widen the range to hold 0.
+        x = data if data.min() < 0 < data.max() else data - data.mean()
+        observer = MinMaxObserver(dtype=torch.qint8, qscheme=scheme)
+        observer(torch.tensor(x))
+        scale, zero_point = observer.calculate_qparams()
+        s, z, q = formula(x)
+        assert (s, z) == (scale.item(), zero_point.item())
+        codes = torch.quantize_per_tensor(torch.tensor(x), scale.item(), int(zero_point), torch.qint8).int_repr()
+        assert q.tolist() == codes.tolist()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torch_with_a_narrow_range_is_absmax():
+    observer = MinMaxObserver(dtype=torch.qint8, qscheme=torch.per_tensor_symmetric, quant_min=-127, quant_max=127)
+    observer(torch.tensor(SEVEN))
+    assert observer.calculate_qparams()[0].item() == absmax_params(SEVEN).scale
+
+
+def test_what_gguf_does_with_seven_numbers():
+    (q8_0,) = functions("02", "gguf_q8_0")
+    for x in random_data():
+        block = np.zeros(32, np.float32)
+        block[:x.size] = x
+        packed = gguf.quants.quantize(block, gguf.GGMLQuantizationType.Q8_0)
+        s, z, q = q8_0(block)
+        assert (np.float16(s), z) == (packed[:2].view(np.float16)[0], 0)
+        assert q.tolist() == packed[2:].view(np.int8).tolist()
+        assert np.array_equal(s * np.float32(q), gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q8_0))
+
+
+def test_what_onnx_runtime_does_with_seven_numbers():
+    (dynamic,) = functions("02", "onnx_dynamic")
+    for x in random_data():
+        s, z, q = dynamic(x)
+        params = zero_point_params(x)
+        assert (s, z) == (params.scale, params.zero_point + 128)
+        assert np.array_equal(q, quantize(x, params) + 128)
+        assert np.array_equal(s * np.float32(q - z), dequantize(quantize(x, params), params))
