@@ -1,13 +1,22 @@
 """Small real arrays that ship with the package, so that the first lessons need neither torch nor a download.
 
-They come from SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0); `qlab.samples.extract` is the script that made them.
+Two sources, and the scripts that made the files:
+
+- ``smollm2.npz``: activations and weights of SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0);
+  `qlab.samples.extract`.
+- ``digits.npz``: images of hand-written digits, and two deep networks trained on them for this course. The images are
+  a part of the UCI data set "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak 1998,
+  https://doi.org/10.24432/C50P49, CC BY 4.0), as scikit-learn ships it; `qlab.samples.train_mlp`.
 """
 
 from pathlib import Path
 
 import numpy as np
 
-_FILE = "smollm2.npz"
+_FROM_LLM = ("activations", "new_activations", "weights")
+_DIGITS = ("digit_images", "digit_labels", "calibration_digits")
+_ACTIVATIONS = ("relu", "tanh")
+_LINEAR_LAYERS = 9
 
 
 def load(name):
@@ -15,30 +24,86 @@ def load(name):
 
     Parameters
     ----------
-    name : {"activations", "new_activations", "weights"}
+    name : str
+        From an LLM:
         ``activations`` (128 tokens × 576 channels): input of an MLP in layer 5 while the model reads English prose.
         ``new_activations`` (64 × 576): the same place while it reads Python source code.
         ``weights`` (192 × 576): rows of the weight matrix that these inputs meet.
+        Hand-written digits:
+        ``digit_images`` (360 images × 64 pixels, row by row): test images, which no network was trained on.
+        ``digit_labels`` (360): the digits that they show, 0 to 9.
+        ``calibration_digits`` (360 × 64): some of the images that the networks of `mlp` were trained on.
 
     Returns
     -------
-    float32 array
-        Stored as float16; the units are the model's own.
+    float32 array; int64 for ``digit_labels``
+        From the LLM: stored as float16, in the model's own units. Pixels: from 0 (paper) to 1 (ink) in steps of 1/16.
 
     Raises
     ------
     ValueError
         If there is no such array.
 
+    References
+    ----------
+    Alpaydin and Kaynak 1998, "Optical recognition of handwritten digits", UCI Machine Learning Repository.
+
     Examples
     --------
     >>> load("activations").shape
     (128, 576)
+    >>> load("digit_labels")[:5].tolist()
+    [7, 6, 3, 7, 7]
     """
-    with np.load(path(_FILE)) as arrays:
-        if name not in arrays.files:
-            raise ValueError(f"name must be one of {', '.join(sorted(arrays.files))}, got {name!r}")
-        return arrays[name].astype(np.float32)
+    if name in _FROM_LLM:
+        return _stored("smollm2.npz", name).astype(np.float32)
+    if name == "digit_labels":
+        return _stored("digits.npz", name).astype(np.int64)
+    if name in _DIGITS:
+        return _stored("digits.npz", name).astype(np.float32) / 16
+    raise ValueError(f"name must be one of {', '.join(sorted(_FROM_LLM + _DIGITS))}, got {name!r}")
+
+
+def mlp(activation):
+    """The layers of a deep network that reads digits: 64 pixels, eight hidden layers of 64 units, ten logits.
+
+    Parameters
+    ----------
+    activation : {"relu", "tanh"}
+        What the network was trained with, after each layer but the last.
+
+    Returns
+    -------
+    list of nine pairs (weight, bias), float32
+        ``weight`` has the shape (outputs, inputs), ``bias`` (outputs,); stored as float16. The last pair gives the
+        logits.
+
+    Raises
+    ------
+    ValueError
+        If there is no network with this activation.
+
+    References
+    ----------
+    `qlab.samples.train_mlp` trained them, on images that ``load("digit_images")`` does not hold.
+
+    Examples
+    --------
+    >>> *hidden, (weight, bias) = mlp("relu")
+    >>> x = load("digit_images")
+    >>> for w, b in hidden:
+    ...     x = np.maximum(x @ w.T + b, 0)
+    >>> logits = x @ weight.T + bias
+    >>> int((logits.argmax(axis=1) == load("digit_labels")).sum())
+    354
+    """
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
+    with np.load(path("digits.npz")) as arrays:
+        return [
+            (arrays[f"{activation}_weight_{i}"].astype(np.float32), arrays[f"{activation}_bias_{i}"].astype(np.float32))
+            for i in range(_LINEAR_LAYERS)
+        ]
 
 
 def path(name):
@@ -58,3 +123,8 @@ def path(name):
     if not file.is_file():
         raise ValueError(f"there is no sample file {name!r}")
     return str(file)
+
+
+def _stored(file, name):
+    with np.load(path(file)) as arrays:
+        return arrays[name]
