@@ -1,7 +1,7 @@
 """From key press to changed pixels, in a real browser: the live figure against two ways learners know.
 
-Each path shows the same demo (histogram with grid and clipped tails, error curves, moving marker; 100,000 values)
-in one JupyterLab. Key presses go to the paths in turn, so that whatever else the machine does hits all of them. A
+The first three paths show the same demo (histogram with grid and clipped tails, error curves, moving marker; 100,000
+values) in one JupyterLab, the others further live figures. Key presses go to the paths in turn, so that whatever else the machine does hits all of them. A
 press is answered when the picture has had its last change, an image is loaded and decoded, and the browser has
 painted a frame.
 """
@@ -19,7 +19,8 @@ import warnings
 import bqplot, ipywidgets as widgets, matplotlib.pyplot as plt, numpy as np
 from qlab.affine import dequantize, fake_quantize, mse, range_params
 from qlab.calibration import ErrorProfile
-from qlab.explorers import clipping
+from qlab import samples
+from qlab.explorers import clipping, float_bits, granularity, mapping
 %config InlineBackend.figure_format = "png"
 x = np.random.default_rng(0).standard_t(5, SIZE).astype(np.float32).clip(-12, 12)
 profile = ErrorProfile(x)
@@ -93,13 +94,23 @@ mover.observe(move, "value"); move({"new": mover.value})
 widgets.VBox([mover, top, bottom, number])
 """
 
-PATHS = {"live figure": LIVE, "interact + inline": INTERACT, "bqplot": BQPLOT}
+PATHS = {
+    "live figure": LIVE, "interact + inline": INTERACT, "bqplot": BQPLOT,
+    "mapping": "mapping(x, bits=5)", "granularity": "granularity(samples.load('weights'), bits=5)",
+    "float_bits": "float_bits()",
+}
+CONTROLS = {  # what is pressed, where it is not the first slider: selector, which one, keys in turn
+    "live figure": (".noUi-handle", 1, ("ArrowLeft", "ArrowRight")),  # β
+    "granularity": (".noUi-handle", 1, ("ArrowLeft", "ArrowRight")),  # bits
+    "float_bits": (".jupyter-button", 20, ("Space", "Space")),  # a bit of the mantissa, after ten chips
+}
+SLIDER = ".noUi-handle", 0, ("ArrowLeft", "ArrowRight")
 
 # Watches the output of a cell. Its promise resolves with the milliseconds from the key press to the frame that holds
 # the picture's last change.
-WATCH = """async ({cell, slider}) => {
+WATCH = """async ({cell, selector, which}) => {
   const output = document.querySelectorAll('.jp-Notebook .jp-CodeCell')[cell].querySelector('.jp-Cell-outputArea');
-  const handle = output.querySelectorAll('.noUi-handle')[slider];
+  const handle = output.querySelectorAll(selector)[which];
   handle.scrollIntoView({block: 'center'});
   handle.focus();
   await new Promise(done => setTimeout(done, 60));
@@ -142,11 +153,10 @@ def measure(rounds=30, size=100_000, paths=tuple(PATHS)):
             page.wait_for_timeout(3000)
             for turn in range(-3, rounds):
                 for cell, path in enumerate(paths, start=1):
-                    slider = 1 if path == "live figure" else 0  # the live figure's second slider is β
-                    key = "ArrowRight" if turn % 2 else "ArrowLeft"
+                    selector, which, keys = CONTROLS.get(path, SLIDER)
                     before = page.evaluate(PICTURE, cell)
-                    page.evaluate(WATCH, {"cell": cell, "slider": slider})
-                    page.keyboard.press(key)
+                    page.evaluate(WATCH, {"cell": cell, "selector": selector, "which": which})
+                    page.keyboard.press(keys[turn % 2])
                     took = page.evaluate("() => window.watched")
                     if page.evaluate(PICTURE, cell) == before:
                         raise RuntimeError(f"the picture of {path} did not change")

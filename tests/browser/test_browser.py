@@ -20,9 +20,13 @@ LESSONS = sorted(path.name for path in NOTEBOOKS.glob("*.ipynb"))
 SMALL = {  # variable: the code that makes its figure
     "live": 'clipping(samples.load("activations"), bits=4)',
     "moved": 'drift(samples.load("activations"), samples.load("new_activations"))',
+    "boxes": "float_bits()",
+    "mapped": "mapping()",
+    "rows": 'granularity(samples.load("weights"), bits=5)',
 }
 SLIDERS = [("live", "α", "alpha", "mse"), ("live", "β", "beta", "mse"), ("live", "bits", "bits", "mse"),
-           ("moved", "gain", "gain", "static_sqnr_db"), ("moved", "bits", "bits", "dynamic_sqnr_db")]
+           ("moved", "gain", "gain", "static_sqnr_db"), ("moved", "bits", "bits", "dynamic_sqnr_db"),
+           ("mapped", "bits", "bits", "mse"), ("rows", "bits", "bits", "sqnr_db")]
 HARMLESS = (  # messages of JupyterLab itself that have nothing to do with a figure
     "favicon.ico",
 )
@@ -83,6 +87,12 @@ class Figure:
     def kernel(self, expression):
         return json.loads(ask_kernel(self.page, f"import json; print(json.dumps({self.variable}.{expression}))"))
 
+    def type(self, label, text):
+        """Type into a text field, and Enter."""
+        field = self.output.locator(".widget-text", has=self.page.locator(f".widget-label:text-is('{label}')"))
+        field.locator("input").fill(text)
+        field.locator("input").press("Enter")
+
     def alert(self):
         return self.output.locator("[role=alert]")
 
@@ -101,7 +111,7 @@ def lab(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
     for lesson in LESSONS:
         shutil.copy(NOTEBOOKS / lesson, folder)
-    imports = "from qlab import samples\nfrom qlab.explorers import clipping, drift"
+    imports = "from qlab import samples\nfrom qlab.explorers import clipping, drift, float_bits, granularity, mapping"
     cells = [imports, *(f"{name} = {code}\n{name}" for name, code in SMALL.items())]
     notebook = new_notebook(cells=[new_code_cell(cell) for cell in cells],
                             metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
@@ -128,7 +138,7 @@ def figures(lab, said):
     open_notebook(page, address, "small.ipynb")
     assert run_all(page) == []
     outputs = page.locator(".jp-OutputArea-output", has=page.locator("img"))
-    outputs.nth(1).wait_for()
+    outputs.nth(len(SMALL) - 1).wait_for()
     return {name: Figure(page, outputs.nth(i), name) for i, name in enumerate(SMALL)}
 
 
@@ -217,6 +227,58 @@ def test_a_broken_callback_says_so(live):
     live.alert().wait_for(state="detached")
 
 
+def test_a_bit_by_mouse_and_by_keyboard(figures):
+    figure = figures["boxes"]
+    start = figure.pixels()
+    box = figure.output.get_by_title("mantissa, bit 22", exact=True)
+    box.click()
+    flipped = figure.wait_for_change(start)
+    assert figure.kernel("readout['hex']") == "0xC2AD4000"
+    assert box.inner_text() == "0"
+    box.press("Space")
+    assert figure.wait_for_change(flipped) == start
+    assert figure.kernel("readout['hex']") == "0xC2ED4000"
+    figure.page.keyboard.press("Tab")
+    assert figure.page.evaluate("() => document.activeElement.title") == "mantissa, bit 21"
+
+
+def test_typing_a_number_a_word_and_nonsense(figures):
+    figure = figures["boxes"]
+    before = figure.pixels()
+    figure.type("value", "0.1")
+    figure.wait_for_change(before)
+    assert figure.kernel("readout['hex']") == "0x3DCCCCCD"
+    before = figure.pixels()
+    figure.type("value", "seven")
+    figure.alert().wait_for()
+    assert "value must be a number" in figure.alert().inner_text()
+    assert figure.pixels() == before
+    figure.type("hex", "C2ED4000")
+    figure.wait_for_change(before)
+    figure.alert().wait_for(state="detached")
+    assert figure.kernel("readout['stored']") == "−118.625"
+
+
+def test_own_numbers_in_the_mapping(figures):
+    figure = figures["mapped"]
+    before = figure.pixels()
+    figure.type("data", "1, two")
+    figure.alert().wait_for()
+    assert figure.pixels() == before
+    figure.type("data", "1 2 3")
+    figure.wait_for_change(before)
+    figure.alert().wait_for(state="detached")
+    figure.wait_for_rest()
+    assert figure.kernel("readout['codes']") == "42 85 127"
+
+
+def test_moving_an_end_switches_the_scheme_and_rests(figures):
+    figure = figures["mapped"]
+    figure.press("β", "ArrowLeft")
+    figure.assert_agrees_with_the_kernel("mse", "scale")
+    assert figure.kernel("controls['scheme'].value") == "α, β"
+
+
 def test_there_are_lessons():
     assert LESSONS
 
@@ -234,7 +296,12 @@ def test_lesson(lab, said, lesson):
         assert width > 300 < 3 * height
         assert colors > 20
     first = Figure(page, outputs.first)
-    assert first.press("bits", "ArrowRight")
+    if first.handle("bits").count():
+        assert first.press("bits", "ArrowLeft")
+    else:
+        before = first.pixels()
+        first.output.get_by_title("mantissa, bit 0", exact=True).click()
+        assert first.wait_for_change(before)
 
 
 def test_the_console_is_quiet(figures, said):
