@@ -197,7 +197,7 @@ def check_quantize(function):
          "This is the formula of the notes. It needs a clip to [qmin, qmax], and z comes after rounding, as in ONNX "
          "and torch: with an odd z, ties would go the other way."),
         (lambda x, s, z, qmin, qmax: np.clip(np.rint(x / s + z), qmin, qmax),
-         "This rounds x / s + z, as the notes do. ONNX and torch round x / s, then add z. With an odd z the two "
+         "This rounds x / s + z, as the notes do. ONNX rounds x / s, then adds z. With an odd z the two "
          "differ at ties, for x / s + z has another even neighbour."),
         (lambda x, s, z, qmin, qmax: np.clip(np.rint(x / s) - z, qmin, qmax),
          "z is subtracted. That is the way back, x̂ = s(q − z); on the way to the code it is added."),

@@ -19,6 +19,7 @@ _BY_NAME = {fmt.name: fmt for fmt in FORMATS}
 _FIELDS = ("sign", "exponent", "mantissa")
 _COLORS = dict(zip(_FIELDS, (PURPLE, SKY, ORANGE), strict=True))
 _PALE = dict(zip(_FIELDS, ("#F3DFEB", "#DDF0FB", "#FBECCB"), strict=True))
+_WIDEST = 54  # characters of the product that fit into a line
 _COMPARED = ("FP32", "BF16", "FP16", "FP8 E5M2", "FP8 E4M3")
 
 
@@ -149,10 +150,15 @@ def float_bits(value=-118.625, format="FP32"):
         "code": boxes,
     }
 
+    chosen = {}  # the value of a code that was chosen, not typed: FP64 digits need not spell it exactly
+
     def settle(code, fmt, value=None):
         """All controls in agreement about one code."""
         code = int(code)
-        value = _spell(decode(code, fmt)) if value is None else value
+        chosen.clear()
+        if value is None:
+            value = _spell(decode(code, fmt))
+            chosen[value] = decode(code, fmt)
         return {"format": fmt.name, "value": value, "hex": _hex(code, fmt), "binary": _binary(code, fmt),
                 "code": {"format": fmt, "value": code}}
 
@@ -177,7 +183,8 @@ def float_bits(value=-118.625, format="FP32"):
         sign, exponent, mantissa = (int(field) for field in fields(code, fmt))
         stored = float(decode(code, fmt))
         size = code & (fmt.sign_code - 1)
-        wanted = _number(value)
+        wanted = chosen.get(value)
+        wanted = _number(value) if wanted is None else wanted
         kind = ("NaN" if np.isnan(stored) else "infinity" if np.isinf(stored) else "zero" if size == 0
                 else "subnormal" if exponent == 0 else "normal")
         rank = -size if sign else size  # numbers of the format are in the order of their ranks
@@ -186,7 +193,7 @@ def float_bits(value=-118.625, format="FP32"):
             power=max(exponent, 1) - fmt.bias,
             significand=(exponent > 0) + mantissa / 2**fmt.mantissa_bits,
             below=_of_rank(rank - 1, fmt), above=_of_rank(rank + 1, fmt), spacing=float(spacing(stored, fmt)),
-            error=float((Fraction(stored) if np.isfinite(stored) else stored) - wanted) + 0.0,
+            error=_error(stored, wanted),
         )
 
     def special(name, code_of, **_):
@@ -239,7 +246,9 @@ def _read_bits(result):
 
 def _bits_figure():
     with new_figure(1000, 420) as figure:
-        grid = figure.add_gridspec(3, 1, height_ratios=[1.2, 0.75, 1.25])
+        figure.set_layout_engine("none")  # it would leave no room for axes that are hidden at first
+        grid = figure.add_gridspec(3, 1, height_ratios=[1.2, 0.75, 1.25], left=0.1, right=0.99, bottom=0.14, top=0.985,
+                                   hspace=0.16)
         above, middle, line = (figure.add_subplot(part) for part in grid)
         reach = figure.add_subplot(grid[2])
         above.set(xlim=(0, 1), ylim=(0, 1))
@@ -352,8 +361,8 @@ def _draw_neighbours(artists, result):
 def _explain(result):
     """Two lines for each field: its bits, and what they stand for."""
     fmt, (sign, exponent, mantissa) = result.format, result.fields
-    digits = f"{mantissa:0{fmt.mantissa_bits}b}₂"
-    digits = digits if len(digits) <= 40 else f"{digits[:36]}…"
+    digits = f"{mantissa:0{fmt.mantissa_bits}b}".rstrip("0") or "0"
+    digits = f"{digits}₂" if len(digits) <= 40 else f"{digits[:36]}…"
     first = f"{exponent:0{fmt.exponent_bits}b}₂ = {exponent}"
     if result.kind in ("infinity", "NaN"):
         third = "all ones" if fmt.specials == "fn" else "not zero" if result.kind == "NaN" else "zero"
@@ -375,7 +384,10 @@ def _product(result):
         return " ".join(_decimal(result.stored))
     sign = "−1" if result.fields[0] else "+1"
     power = f"2{_superscript(_spell(result.power))}"
-    return f"{sign} × {power} × {_spell(result.significand)}  {'  '.join(_decimal(result.stored))}"
+    product = f"{sign} × {power} × {_spell(result.significand)}  {'  '.join(_decimal(result.stored))}"
+    if len(product) > _WIDEST:
+        product = f"{sign} × {power} × {_spell(result.significand, 9)}  ≈  {_spell(result.stored, 9)}"
+    return product
 
 
 def _number(text):
@@ -408,6 +420,14 @@ def _parse(text, base, fmt):
     if code >= 2**fmt.bits:
         raise ValueError(f"hex must be at most {_hex(2**fmt.bits - 1, fmt)} for {fmt.name}, got {text!r}")
     return code
+
+
+def _error(stored, wanted):
+    """stored − wanted, exactly where ``wanted`` is a Fraction."""
+    if stored == wanted or (np.isnan(stored) and np.isnan(float(wanted))):
+        return 0.0
+    exact = isinstance(wanted, Fraction) and np.isfinite(stored)
+    return float(Fraction(stored) - wanted if exact else stored - float(wanted))
 
 
 def _of_rank(rank, fmt):
