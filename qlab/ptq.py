@@ -1,0 +1,472 @@
+"""Post-training quantization (PTQ) of a network's Linear and Conv2d layers, dynamic or static, simulated in floats.
+
+Fold batch norm, watch what each layer receives, choose ranges, quantize:
+
+    folded = fold_batch_norm(model)
+    inputs = observe(folded, calibration_images)
+    ranges = calibrate(inputs, bits=4, calibrator="MSE")
+    quantized = quantize_static(folded, ranges, weight_bits=4, activation_bits=4)
+
+or, without calibration, ``quantize_dynamic(folded)``. Every function returns something new; no model is changed.
+"""
+
+import copy
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from qlab import calibration
+from qlab.affine import absmax_params, fake_quantize, real_array, sqnr_db, zero_point_params
+from qlab.training import evaluating
+
+LAYERS = (nn.Linear, nn.Conv2d)
+CALIBRATORS = {  # name: function of the observed batches and the bits, which returns (alpha, beta)
+    "min-max": lambda batches, bits: calibration.minmax(_values(batches)),
+    "EMA": lambda batches, bits: calibration.moving_minmax(batches),
+    "percentile": lambda batches, bits: calibration.percentile(_values(batches), 99.9),
+    "MSE": lambda batches, bits: calibration.mse(_values(batches), bits),
+    "KL": lambda batches, bits: calibration.entropy(_values(batches), bits),
+}
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_SHARES = torch.linspace(1, 0.01, 100)  # of max|w|; the largest first, so that it wins a tie
+
+
+class QuantizedLayer(nn.Module):
+    """A Linear or Conv2d layer with quantized weights and inputs: y = layer(x̂; ŵ, bias), in floats.
+
+    The weights are quantized once, here; the inputs at each call. The bias stays in float.
+
+    Parameters
+    ----------
+    layer : nn.Linear or nn.Conv2d
+        Left as it is; the quantized layer holds a copy, ``self.layer``, with the weights ŵ.
+    weight_params : QParams or None
+        None leaves the weights in float.
+    input_params : QParams or None
+        Static quantization of the inputs, by parameters that are known before.
+    dynamic_bits : int or None
+        Dynamic quantization of the inputs, by parameters that hold the range of each batch.
+        If this and ``input_params`` are None, the inputs stay in float.
+
+    Raises
+    ------
+    ValueError
+        If ``layer`` is of another type, or both ``input_params`` and ``dynamic_bits`` are given.
+
+    References
+    ----------
+    Jacob et al. 2018, "Quantization and training of neural networks for efficient integer-arithmetic-only
+    inference", figure 1.1 b.
+
+    Examples
+    --------
+    >>> linear = nn.Linear(2, 1, bias=False)
+    >>> linear.weight.data = torch.tensor([[0.3, -1.0]])
+    >>> quantized = QuantizedLayer(linear, absmax_params(linear.weight.detach(), bits=2))
+    >>> quantized(torch.tensor([[1.0, 5.0]])).tolist()
+    [[-5.0]]
+    """
+
+    def __init__(self, layer, weight_params=None, input_params=None, *, dynamic_bits=None):
+        super().__init__()
+        if type(layer) not in LAYERS:
+            raise ValueError(f"layer must be nn.Linear or nn.Conv2d, got {type(layer).__name__}")
+        if input_params is not None and dynamic_bits is not None:
+            raise ValueError("input_params and dynamic_bits exclude each other, got both")
+        self.layer = copy.deepcopy(layer).requires_grad_(False)
+        self.weight_params = weight_params
+        self.input_params = input_params
+        self.dynamic_bits = dynamic_bits
+        if weight_params is not None:
+            self.layer.weight.copy_(fake_quantize(layer.weight.detach(), weight_params))
+
+    def forward(self, x):
+        if self.input_params is not None:
+            x = fake_quantize(x, self.input_params)
+        elif self.dynamic_bits is not None:
+            x = fake_quantize(x, zero_point_params(x, self.dynamic_bits))
+        return self.layer(x)
+
+    def extra_repr(self):
+        inputs = self.input_params if self.dynamic_bits is None else f"dynamic, {self.dynamic_bits} bits"
+        return f"weights: {self.weight_params}, inputs: {inputs}"
+
+
+def fold_batch_norm(model):
+    """A copy of the model, in eval mode, in which batch norm is a part of the convolutions.
+
+    In every nn.Sequential, a BatchNorm2d right after a Conv2d is folded: w ← γ w / √(σ² + ε) for each output channel,
+    and the bias becomes β + γ (bias − μ) / √(σ² + ε). The batch norm is taken out; all other names stay.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Trained: the running mean μ and variance σ² are used.
+
+    Returns
+    -------
+    nn.Module
+        With the same outputs as ``model`` in eval mode, up to floating-point rounding.
+
+    Raises
+    ------
+    ValueError
+        If a batch norm keeps no running statistics.
+
+    References
+    ----------
+    Jacob et al. 2018, section 3.2 and equation 14.
+
+    Examples
+    --------
+    >>> fold_batch_norm(nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU6()))
+    Sequential(
+      (0): Conv2d(1, 4, kernel_size=(3, 3), stride=(1, 1))
+      (2): ReLU6()
+    )
+    """
+    model = copy.deepcopy(model).eval()
+    for sequential in [module for module in model.modules() if isinstance(module, nn.Sequential)]:
+        for (name, conv), (norm_name, norm) in pairwise(list(sequential.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                if norm.running_var is None:
+                    raise ValueError(f"model must keep running statistics to be folded, got none in {norm_name!r}")
+                setattr(sequential, name, fuse_conv_bn_eval(conv, norm))
+                delattr(sequential, norm_name)  # unlike ``del sequential[i]``, which renames the layers after it
+    return model
+
+
+def layers(model):
+    """The layers that can be quantized, by name, in the order of the model.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Returns
+    -------
+    dict of str to nn.Linear or nn.Conv2d
+        The name is the path in the model, such as "features.0"; it is "" if the model itself is such a layer.
+
+    Raises
+    ------
+    ValueError
+        If there is none, a batch norm is not folded, or another type of layer has weights, which would stay in float.
+
+    Examples
+    --------
+    >>> list(layers(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4, 10))))
+    ['0', '3']
+    """
+    found = {}
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, QuantizedLayer):
+            raise ValueError(f"model must be in float, but {name!r} is quantized already")
+        if isinstance(module, _BATCH_NORMS):
+            raise ValueError(f"model must not hold batch norm, got {kind} at {name!r}: call fold_batch_norm first "
+                             f"(it folds a BatchNorm2d right after a Conv2d in an nn.Sequential)")
+        if type(module) in LAYERS:
+            found[name] = module
+        elif next(module.parameters(recurse=False), None) is not None:
+            raise ValueError(f"model must hold no weights outside of Linear and Conv2d, got {kind} at {name!r}")
+    if not found:
+        raise ValueError(f"model must hold a Linear or Conv2d layer, got none in {type(model).__name__}")
+    return found
+
+
+def observe(model, images, *, batch_size=64):
+    """What each layer receives while the model reads the calibration images.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In float, batch norm folded. It runs in eval mode.
+    images : float tensor, shape (N, ...)
+    batch_size : int, ≥ 1
+        Images at a time; a moving average ("EMA") moves once for each batch.
+
+    Returns
+    -------
+    dict of str to list of float tensors
+        For each of the `layers`, its inputs, batch by batch.
+
+    Raises
+    ------
+    ValueError
+        As `layers`; or if ``images`` is empty, has a NaN or infinity, or has not the shape that the model asks for.
+
+    Examples
+    --------
+    >>> inputs = observe(nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1)), torch.rand(100, 2))
+    >>> {name: [tuple(batch.shape) for batch in batches] for name, batches in inputs.items()}
+    {'0': [(64, 2), (36, 2)], '2': [(64, 4), (36, 4)]}
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+    return _record(model, layers(model), images, batch_size, lambda inputs, output: inputs[0])
+
+
+def calibrate(inputs, bits=8, calibrator="min-max"):
+    """A range [α, β] for the inputs of each layer.
+
+    Parameters
+    ----------
+    inputs : dict of str to list of float tensors
+        From `observe`.
+    bits : int, 2 to 8
+        Of the activations to be; "min-max", "EMA" and "percentile" give the same range for any.
+    calibrator : str
+        A key of ``CALIBRATORS``: "min-max", "EMA" (moving average of the batches' ends, c = 0.01), "percentile" (99.9),
+        "MSE" or "KL". KL needs many distinct values: pixels with 17 gray levels make it stop at the first of them.
+
+    Returns
+    -------
+    dict of str to (alpha, beta)
+        To set one yourself: ``ranges | {"conv": (0, 1)}``.
+
+    Raises
+    ------
+    ValueError
+        If a layer received nothing, ``bits`` is out of range or there is no such calibrator.
+
+    References
+    ----------
+    Jacob et al. 2018, section 3.1 (EMA); `qlab.calibration` for the others.
+
+    Examples
+    --------
+    >>> calibrate({"fc": [torch.tensor([0.5, -1.0]), torch.tensor([3.0])]})
+    {'fc': (-1.0, 3.0)}
+    """
+    _check_bits(bits, "bits")
+    if calibrator not in CALIBRATORS:
+        raise ValueError(f"calibrator must be one of {', '.join(CALIBRATORS)}, got {calibrator!r}")
+    for name, batches in inputs.items():
+        if not batches:
+            raise ValueError(f"inputs must hold at least one batch for each layer, got none for {name!r}")
+    return {name: CALIBRATORS[calibrator](batches, bits) for name, batches in inputs.items()}
+
+
+def quantize_static(model, ranges, *, weight_bits=8, activation_bits=8, per_channel=False, weight_range="min-max"):
+    """Quantize weights, and the inputs of each layer over ranges fixed in advance.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In float, batch norm folded.
+    ranges : dict of str to (alpha, beta)
+        From `calibrate`; widened to hold 0. Not used where ``activation_bits`` is None.
+    weight_bits, activation_bits : int, 2 to 8, or None
+        None leaves them in float.
+    per_channel : bool
+        Weights: one scale for each output channel instead of one for each layer.
+    weight_range : {"min-max", "MSE"}
+        As `weight_params`.
+
+    Returns
+    -------
+    nn.Module
+        A copy of the model in eval mode in which each of the `layers` is a `QuantizedLayer`.
+
+    Raises
+    ------
+    ValueError
+        As `layers`; or if a layer has no range or one without α ≤ β, or another argument is out of range.
+
+    References
+    ----------
+    Nagel et al. 2021, "A white paper on neural network quantization", section 3.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
+    >>> ranges = calibrate(observe(model, torch.rand(100, 2)), bits=4)
+    >>> quantized = quantize_static(model, ranges, weight_bits=4, activation_bits=4)
+    >>> quantized[0].weight_params.qmax, quantized[0].input_params.qmax
+    (7, 7)
+    """
+    _check_bits(activation_bits, "activation_bits", or_none=True)
+
+    def quantized_layer(name, layer):
+        params = weight_params(layer.weight, weight_bits, per_channel=per_channel, weight_range=weight_range)
+        if activation_bits is None:
+            return QuantizedLayer(layer, params)
+        if name not in ranges:
+            raise ValueError(f"ranges must hold one for each layer, got none for {name!r}")
+        alpha, beta = ranges[name]
+        if not alpha <= beta:
+            raise ValueError(f"ranges must have alpha at most beta, got {alpha} and {beta} for {name!r}")
+        ends = torch.tensor([alpha, beta], dtype=layer.weight.dtype)
+        return QuantizedLayer(layer, params, zero_point_params(ends, activation_bits))
+
+    return _replaced(model, quantized_layer)
+
+
+def quantize_dynamic(model, *, weight_bits=8, activation_bits=8, per_channel=False, weight_range="min-max"):
+    """Quantize weights, and the inputs of each layer over the range of the batch at hand: no calibration.
+
+    Parameters
+    ----------
+    model, weight_bits, activation_bits, per_channel, weight_range
+        As `quantize_static`.
+
+    Returns
+    -------
+    nn.Module
+        As `quantize_static`. A prediction depends on the other images of its batch.
+
+    Raises
+    ------
+    ValueError
+        As `layers`; or if an argument is out of range.
+
+    References
+    ----------
+    Gholami et al. 2022, "A survey of quantization methods for efficient neural network inference", section III-C.
+
+    Examples
+    --------
+    >>> quantize_dynamic(nn.Sequential(nn.Linear(2, 4)), activation_bits=3)[0].dynamic_bits
+    3
+    """
+    _check_bits(activation_bits, "activation_bits", or_none=True)
+
+    def quantized_layer(name, layer):
+        params = weight_params(layer.weight, weight_bits, per_channel=per_channel, weight_range=weight_range)
+        return QuantizedLayer(layer, params, dynamic_bits=activation_bits)
+
+    return _replaced(model, quantized_layer)
+
+
+def weight_params(weight, weight_bits=8, *, per_channel=False, weight_range="min-max"):
+    """Symmetric quantization parameters of a layer's weights.
+
+    Parameters
+    ----------
+    weight : float tensor, shape (C, ...)
+    weight_bits : int, 2 to 8, or None
+    per_channel : bool
+        One scale for each output channel, axis 0.
+    weight_range : {"min-max", "MSE"}
+        Reach max|w|, or the share of it (of 1 %, 2 %, … 100 %) with the least squared error.
+
+    Returns
+    -------
+    QParams or None
+        Codes from −qmax to qmax. None where ``weight_bits`` is.
+
+    Raises
+    ------
+    ValueError
+        If ``weight`` is empty or has a NaN or infinity, or another argument is out of range.
+
+    Examples
+    --------
+    >>> weight = torch.tensor([[0.1, 0.1, -0.1, 0.1, -0.1, 0.3], [1.0, -1.0, 1.0, 1.0, -1.0, 1.0]])
+    >>> weight_params(weight, 2, per_channel=True).scale
+    tensor([0.3000, 1.0000])
+    >>> weight_params(weight, 2, per_channel=True, weight_range="MSE").scale
+    tensor([0.1320, 1.0000])
+    """
+    _check_bits(weight_bits, "weight_bits", or_none=True)
+    if weight_range not in ("min-max", "MSE"):
+        raise ValueError(f"weight_range must be 'min-max' or 'MSE', got {weight_range!r}")
+    if weight_bits is None:
+        return None
+    weight = weight.detach()
+    params = absmax_params(weight, weight_bits, axis=0 if per_channel else None)
+    if weight_range == "min-max":
+        return params
+    rows = weight.flatten(1) if per_channel else weight.reshape(1, -1)
+    scales = params.scale.reshape(1, -1) * _SHARES[:, None]  # shares × rows
+    chunks = scales.split(max(1, 2**20 // weight.numel()))  # to bound the memory that large layers take
+    errors = torch.cat([_squared_errors(rows, chunk, params) for chunk in chunks])
+    best = errors.argmin(0, keepdim=True)
+    return replace(params, scale=scales.gather(0, best).reshape(params.scale.shape))
+
+
+def layer_sqnr(float_model, quantized_model, images):
+    """SQNR of each layer's output, before its activation function, against the float model's.
+
+    Parameters
+    ----------
+    float_model, quantized_model : nn.Module
+        What `quantize_static` or `quantize_dynamic` was given, and what it returned.
+    images : float tensor, shape (N, ...)
+        Read as one batch.
+
+    Returns
+    -------
+    dict of str to float
+        In dB, for each of the `layers`. The errors of all layers before it count too. Infinite where nothing differs.
+
+    Raises
+    ------
+    ValueError
+        As `observe`; or if the two models have not the same layers.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
+    >>> layer_sqnr(model, quantize_dynamic(model, weight_bits=None, activation_bits=None), torch.rand(10, 2))
+    {'0': inf, '2': inf}
+    """
+    floats = layers(float_model)
+    quantized = {name: m for name, m in quantized_model.named_modules() if isinstance(m, QuantizedLayer)}
+    if floats.keys() != quantized.keys():
+        raise ValueError(f"quantized_model must have quantized layers {list(floats)}, got {list(quantized)}")
+    x, y = (_record(model, named, images, None, lambda inputs, output: output)
+            for model, named in ((float_model, floats), (quantized_model, quantized)))
+    return {name: float(sqnr_db(torch.cat(x[name]), torch.cat(y[name]))) for name in floats}
+
+
+def _record(model, named_layers, images, batch_size, pick):
+    """``pick(inputs, output)`` of each layer for each batch (None: all at once) of ``images``."""
+    if not isinstance(images, torch.Tensor):
+        raise ValueError(f"images must be a torch tensor, got {type(images).__name__}")
+    real_array(images, "images")
+    records = {name: [] for name in named_layers}
+
+    def recorder(name):  # copies, because the next module may work in place
+        return lambda module, inputs, output: records[name].append(pick(inputs, output).clone())
+
+    hooks = [layer.register_forward_hook(recorder(name)) for name, layer in named_layers.items()]
+    try:
+        with evaluating(model):
+            for batch in images.split(batch_size) if batch_size else [images]:
+                model(batch)
+    except RuntimeError as error:
+        raise ValueError(f"images must be what the model takes, got shape {tuple(images.shape)}: {error}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return records
+
+
+def _replaced(model, quantized_layer):
+    """A copy of the model in eval mode with ``quantized_layer(name, layer)`` in place of each layer."""
+    memo = {id(layer): quantized_layer(name, layer) for name, layer in layers(model).items()}
+    return copy.deepcopy(model, memo).eval()  # deepcopy takes the memo's entry wherever it meets the float layer
+
+
+def _squared_errors(rows, scales, params):
+    """Σ (w − ŵ)² of each row (R, K) under each of its scales (S, R): shape (S, R)."""
+    tiled = rows.tile(len(scales), 1)
+    zero = torch.zeros(scales.numel(), dtype=torch.int32)
+    params = replace(params, scale=scales.flatten(), zero_point=zero, axis=0)
+    return (fake_quantize(tiled, params) - tiled).square().sum(1).reshape(scales.shape)
+
+
+def _values(batches):
+    return torch.cat([batch.flatten() for batch in batches])
+
+
+def _check_bits(bits, name, or_none=False):
+    if bits is None and or_none:
+        return
+    if not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise ValueError(f"{name} must be an integer from 2 to 8{' or None' if or_none else ''}, got {bits!r}")

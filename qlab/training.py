@@ -1,0 +1,129 @@
+"""Training a classifier one optimizer step at a time, so that a notebook can watch it, draw it and stop it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from qlab.affine import real_array
+
+
+class Step(NamedTuple):
+    """Where a training stands: optimizer steps done, of how many, and the loss of the last mini-batch in nats."""
+
+    step: int
+    steps: int
+    loss: float
+
+
+def train(model, images, labels, *, epochs, lr, seed, batch_size=64):
+    """Train a classifier in place with Adam; the learning rate falls from ``lr`` to 0 along half a cosine.
+
+    At each step the model is in eval mode, so that you can measure it on the way. Leave the loop to stop early: the
+    model keeps the weights it has.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Maps images to one logit for each class. Its parameters that require gradients are trained.
+    images : float tensor, shape (N, ...)
+    labels : int64 tensor, shape (N,)
+        The class of each image, from 0.
+    epochs : int, ≥ 1
+        Times that each image is seen.
+    lr : float, > 0
+        Learning rate to begin with.
+    seed : int
+        Of the order of the images. The initial weights are the model's own.
+    batch_size : int, ≥ 1
+
+    Returns
+    -------
+    iterator of Step
+        One after each optimizer step. It has a length, so that ``tqdm(train(...))`` knows the end.
+
+    Raises
+    ------
+    ValueError
+        If the images are empty or hold a NaN or infinity, the labels do not fit them, or a number is out of range.
+
+    References
+    ----------
+    Kingma and Ba 2015, "Adam: a method for stochastic optimization"; Loshchilov and Hutter 2017, "SGDR: stochastic
+    gradient descent with warm restarts", equation 5 (one run of it).
+
+    Examples
+    --------
+    >>> x = torch.tensor([[-1.0], [1.0]])
+    >>> model = torch.nn.Linear(1, 2)
+    >>> for step in train(model, x, torch.tensor([0, 1]), epochs=100, lr=0.1, seed=0):
+    ...     pass
+    >>> step.step, step.steps, step.loss < 0.1
+    (100, 100, True)
+    """
+    check_labelled(images, labels)
+    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    if not isinstance(lr, (int, float)) or not 0 < lr < float("inf"):
+        raise ValueError(f"lr must be more than 0 and finite, got {lr!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed must be an integer, got {seed!r}")
+    steps = epochs * -(-len(images) // batch_size)
+    shuffler = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+    def run():
+        step = 0
+        for _ in range(epochs):
+            for batch in torch.randperm(len(images), generator=shuffler).split(batch_size):
+                model.train()
+                loss = cross_entropy(model(images[batch]), labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                model.eval()
+                step += 1
+                yield Step(step, steps, loss.item())
+
+    return _Run(run(), steps)
+
+
+class _Run(Iterator):
+    """A generator with a length, so that tqdm knows the end."""
+
+    def __init__(self, generator, length):
+        self._generator, self._length = generator, length
+
+    def __next__(self):
+        return next(self._generator)
+
+    def __len__(self):
+        return self._length
+
+
+@contextmanager
+def evaluating(model):
+    """Inside the ``with``, the model is in eval mode and no gradients are kept; afterwards all is as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def check_labelled(images, labels):
+    """A ValueError unless ``images`` are finite, at least one, and ``labels`` holds a class for each."""
+    if not isinstance(images, torch.Tensor):
+        raise ValueError(f"images must be a torch tensor, got {type(images).__name__}")
+    real_array(images, "images")
+    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else type(labels).__name__
+        raise ValueError(f"labels must be an int64 tensor of shape {tuple(images.shape[:1])}, got {got}")
