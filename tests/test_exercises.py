@@ -3,6 +3,8 @@
 import math
 import re
 import struct
+import subprocess
+import sys
 from fractions import Fraction
 from functools import partial
 from itertools import pairwise
@@ -11,8 +13,11 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from qlab import affine, calibration, exercises, floats, samples
+from qlab import affine, calibration, digits, exercises, floats, integer, ptq, qat, samples
 from qlab.exercises import checking
 
 NOTEBOOKS = sorted(Path(__file__).parent.parent.joinpath("notebooks").glob("*.ipynb"))
@@ -65,6 +70,58 @@ def half_away(v):
 
 def clip_error(x, alpha, beta):
     return x - np.clip(x, alpha, beta)
+
+
+def fold(weight, bias, gamma, beta, mean, variance, eps, *, gain=lambda g, v, eps: g / (v + eps) ** 0.5,  # noqa: PLR0917
+         weights=lambda w, k: np.stack([f * kernels for f, kernels in zip(k, w, strict=True)]),
+         biases=lambda k, b, beta, mu: k * b + beta - k * mu):
+    """The folded (weight, bias), with one thing wrong."""
+    k = gain(gamma, variance, eps)
+    return weights(weight, k), biases(k, bias, beta, mean)
+
+
+def rounded(x, s, low, high):
+    return torch.round(x / s).clip(low, high) * s
+
+
+def half_away_ste(x, s, low, high):
+    return x + (torch.as_tensor(half_away((x / s).detach().numpy())).clip(low, high) * s - x).detach()
+
+
+class Staircase(torch.autograd.Function):
+    """x̂, with the gradient that ``inside`` makes of x / s and the two ends, times the one that comes."""
+
+    @staticmethod
+    def forward(ctx, x, s, low, high, inside):  # noqa: PLR0917
+        ctx.save_for_backward(inside(x / s, low, high))
+        return rounded(x, s, low, high)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.saved_tensors[0] * gradient, None, None, None, None
+
+
+def staircase(inside):
+    return lambda *arguments: Staircase.apply(*arguments, inside)
+
+
+def one_inside(u, low, high):
+    return ((low < u) & (u < high)).float()
+
+
+def multiplier(m, *, power=31, whole=round):
+    """(m0, shift) by doubling and halving, without a care for m0 = 2^31."""
+    shift = 0
+    while m < 0.5:
+        m, shift = 2 * m, shift + 1
+    while m >= 1:
+        m, shift = m / 2, shift - 1
+    return whole(m * 2**power), shift
+
+
+def safe_multiplier(m):
+    m0, shift = multiplier(m)
+    return (m0, shift) if m0 < 2**31 else (m0 >> 1, shift - 1)
 
 
 MISTAKES = [
@@ -171,9 +228,55 @@ MISTAKES = [
     ("best_range", lambda x, bits: 8.16e-4, "least error itself"),
     ("best_range", lambda x, bits: 1.2, "more candidates"),
     ("best_range", lambda x, bits: 0.6, "At 4 bits your beta = 0.6 gives"),
+    ("fold_batch_norm", lambda *arguments: fold(*arguments)[::-1], "return the weight first"),
+    ("fold_batch_norm", partial(fold, weights=np.multiply), "NumPy lines up the last axes"),
+    ("fold_batch_norm", partial(fold, weights=lambda w, k: np.einsum("oihw,i->oihw", w, k)), "along axis 1"),
+    ("fold_batch_norm", partial(fold, weights=lambda w, k: w), "still the old one. Batch norm multiplies"),
+    ("fold_batch_norm", partial(fold, gain=lambda g, v, eps: g / (v + eps)), "square root is missing"),
+    ("fold_batch_norm", partial(fold, gain=lambda g, v, eps: g / v**0.5), "eps has no effect"),
+    ("fold_batch_norm", partial(fold, gain=lambda g, v, eps: g / (v + 1e-5) ** 0.5), "eps has no effect"),
+    ("fold_batch_norm", partial(fold, gain=lambda g, v, eps: g / (v**0.5 + eps)), "eps is added to the root"),
+    ("fold_batch_norm", partial(fold, gain=lambda g, v, eps: (v + eps) ** 0.5 / g), "upside down"),
+    ("fold_batch_norm", partial(fold, gain=lambda g, v, eps: (v + eps) ** -0.5), "γ is missing"),
+    ("fold_batch_norm", partial(fold, biases=lambda k, b, beta, mu: beta), "β alone"),
+    ("fold_batch_norm", partial(fold, biases=lambda k, b, beta, mu: b), "the bias is still the old one"),
+    ("fold_batch_norm", partial(fold, biases=lambda k, b, beta, mu: b * k + beta), "the mean is missing"),
+    ("fold_batch_norm", partial(fold, biases=lambda k, b, beta, mu: beta - k * mu), "old bias is lost"),
+    ("fold_batch_norm", partial(fold, biases=lambda k, b, beta, mu: b + beta - k * mu), "old bias must be scaled"),
+    ("fold_batch_norm", partial(fold, biases=lambda k, b, beta, mu: b * k + beta - mu), "μ is scaled as well"),
+    ("fold_batch_norm", partial(fold, biases=lambda k, b, beta, mu: k * (b - mu)), "β is missing"),
+    ("straight_through", rounded, "no gradient arrives"),
+    ("straight_through", staircase(lambda u, low, high: 0 * u), "no gradient arrives"),
+    ("straight_through", lambda *arguments: rounded(*arguments).detach(), "does not depend on x"),
+    ("straight_through", lambda *arguments: rounded(*arguments).detach().numpy(), "does not depend on x"),
+    ("straight_through", torch.no_grad()(rounded), "does not depend on x"),
+    ("straight_through", lambda *arguments: rounded(*arguments).detach().requires_grad_(), "does not depend on x"),
+    ("straight_through", lambda x, *rest: (rounded(x, *rest) - x).detach() + x, "clip is inside of detach()"),
+    ("straight_through", staircase(lambda u, low, high: 0 * u + 1), "clip is inside of detach()"),
+    ("straight_through", lambda x, s, low, high: (x / s).clip(low, high) + (
+        rounded(x, s, low, high) - (x / s).clip(low, high)).detach(), "1 / s inside"),
+    ("straight_through", lambda x, s, low, high: qat.round_ste(x / s).clip(low, high), "integer codes q"),
+    ("straight_through", lambda x, s, low, high: rounded(x, s, low, high) / s, "integer codes q"),
+    ("straight_through", lambda x, s, low, high: s * qat.round_ste(x / s), "Nothing is clipped"),
+    ("straight_through", lambda x, s, low, high: x.clip(s * low, s * high), "not rounded"),
+    ("straight_through", half_away_ste, "A half goes away from 0"),
+    ("multiplier", lambda m: safe_multiplier(m)[::-1], "return m0 first"),
+    ("multiplier", partial(multiplier, power=0, whole=float), "This is the fraction"),
+    ("multiplier", partial(multiplier, whole=float), "m0 is an integer"),
+    ("multiplier", lambda m: (int(m * 2**31), 0), "with no shift"),
+    ("multiplier", lambda m: (safe_multiplier(m)[0], -safe_multiplier(m)[1]), "the other sign"),
+    ("multiplier", lambda m: (safe_multiplier(m)[0], safe_multiplier(m)[1] + 31), "This shift is the total"),
+    ("multiplier", partial(multiplier, power=15), "m0 has 16 bits"),
+    ("multiplier", partial(multiplier, power=16), "m0 has 16 bits"),
+    ("multiplier", partial(multiplier, power=32), "not 1 · 2^−2"),
+    ("multiplier", lambda m: (multiplier(m, power=32)[0], multiplier(m)[1] + 1), "not 1 · 2^−2"),
+    ("multiplier", lambda m: (round(m * 2 ** (31 + math.floor(-math.log2(m)))), math.floor(-math.log2(m))),
+     "not 1 · 2^−2"),
+    ("multiplier", partial(multiplier, whole=int), "cut off"),
+    ("multiplier", multiplier, "m is so close to 1"),
 ]
 CHECKS = ["decode", "encode", "spacing", "absmax", "zero_point", "quantize", "clipping_error", "percentile_range",
-          "best_range"]
+          "best_range", "fold_batch_norm", "straight_through", "multiplier"]
 
 
 def as_word(sign, exponent, mantissa):
@@ -241,6 +344,33 @@ def zero_point_of_qlab(x, bits):
     return params.scale, params.zero_point
 
 
+def by_torch(weight, bias, gamma, beta, mean, variance, eps):  # noqa: PLR0917
+    weight, bias, gamma, beta, mean, variance = map(torch.tensor, (weight, bias, gamma, beta, mean, variance))
+    folded = fuse_conv_bn_weights(weight, bias, mean, variance, eps, gamma, beta)
+    return tuple(parameter.detach().numpy() for parameter in folded)
+
+
+def by_modules(weight, bias, *statistics):
+    """With `qlab.ptq.fold_batch_norm`, in float32, from modules."""
+    conv, norm = nn.Conv2d(*weight.shape[1::-1], weight.shape[2:]), nn.BatchNorm2d(len(weight), eps=statistics[-1])
+    with torch.no_grad():
+        for parameter, array in zip((conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean,
+                                     norm.running_var), (weight, bias, *statistics[:-1]), strict=True):
+            parameter.copy_(torch.tensor(array))
+    folded = ptq.fold_batch_norm(nn.Sequential(conv, norm))[0]
+    return [folded.weight.detach().numpy(), folded.bias.tolist()]
+
+
+def by_what_it_does(weight, bias, gamma, beta, mean, variance, eps):  # noqa: PLR0917
+    """Batch norm of the convolution's answer to 0, and to 1 at one place."""
+    def norm(y):
+        return (y - mean) / np.sqrt(variance + eps) * gamma + beta
+
+    at_0 = norm(bias)
+    ones = [norm(bias + column) - at_0 for column in weight.reshape(len(bias), -1).T]
+    return np.stack(ones, axis=1).reshape(weight.shape), at_0
+
+
 RIGHT = [
     ("decode", value),
     ("decode", in_float32),
@@ -277,6 +407,23 @@ RIGHT = [
     ("clipping_error", lambda x, a, b: np.square(np.maximum(a - x, 0) + np.maximum(x - b, 0)).mean()),
     ("percentile_range", lambda x, p: np.quantile(x, [1 - p / 100, p / 100])),
     ("best_range", lambda x, bits: calibration.mse(x, bits, symmetric=True)[1]),
+    ("fold_batch_norm", fold),
+    ("fold_batch_norm", by_torch),
+    ("fold_batch_norm", by_modules),
+    ("fold_batch_norm", by_what_it_does),
+    ("straight_through", lambda x, s, low, high: s * qat.round_ste((x / s).clip(low, high))),
+    ("straight_through", lambda x, s, low, high: s * qat.round_ste(x / s).clip(low, high)),  # rint first
+    ("straight_through", lambda x, s, low, high: x.clip(low * s, high * s) + (
+        rounded(x, s, low, high) - x.clip(low * s, high * s)).detach()),
+    ("straight_through", lambda x, s, low, high: torch.fake_quantize_per_tensor_affine(x, s, 0, low, high)),
+    ("straight_through", lambda x, s, low, high: affine.fake_quantize(x, affine.QParams(s, 0, low, high)).detach()
+     + one_inside((x / s).detach(), low, high) * (x - x.detach())),
+    ("straight_through", staircase(one_inside)),
+    ("multiplier", safe_multiplier),
+    ("multiplier", integer.quantize_multiplier),
+    ("multiplier", lambda m: np.array(integer.quantize_multiplier(m), np.float64)),
+    ("multiplier", lambda m: max((Fraction(1, 2) <= Fraction(round(Fraction(m) * 2 ** (31 + n)), 2**31) < 1,
+                                  round(Fraction(m) * 2 ** (31 + n)), n) for n in range(-31, 9))[1:]),
 ]
 
 
@@ -302,7 +449,7 @@ def claimed():
     """(check, wrong idea, hint) of all checks that keep a list of misconceptions."""
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        for module in (exercises.floats, exercises.affine, exercises.calibration):
+        for module in (exercises.floats, exercises.affine, exercises.calibration, exercises.networks):
             patch.setattr(module, "check", lambda _, cases, misconceptions, *rest, **options: misconceptions)
         for name in CHECKS:
             if name != "best_range":
@@ -317,7 +464,10 @@ def test_every_claimed_misconception_is_among_the_mistakes(name, idea, hint):
 
 @pytest.mark.parametrize(("name", "idea", "hint"), claimed())
 def test_no_hint_is_hidden_by_another(name, idea, hint):
-    right = {"encode": fields, "absmax": absmax, "zero_point": zero_point}.get(name)
+    right = {"encode": fields, "absmax": absmax, "zero_point": zero_point, "fold_batch_norm": fold,
+             "multiplier": safe_multiplier}.get(name)
+    if name == "straight_through":
+        idea = idea.args[0]  # the idea itself, not what its values and gradients are
 
     def mistaken(*arguments):
         answer = idea(*arguments)
@@ -383,6 +533,12 @@ def test_the_tiny_case_is_printed_and_survives_a_function_that_writes_to_it():
     ("zero_point", f"For x = {list(map(float, SEVEN))}, bits = 8: expected (0.0721176, -23), "),
     ("quantize", "For x = [-300.0, -5.0, -1.5, -1.0, 0.0, 1.0, 3.0, 394.0], s = 2, z = 3, qmin = -128, qmax = 127: "
                  "expected [-128, 1, 2, 3, 3, 3, 5, 127], "),
+    ("fold_batch_norm", "For weight = [[1.0, 2.0], [3.0, 4.0]] (two outputs, two inputs, 1 × 1 kernels), bias = [5.0, "
+                        "1.0], gamma = [8.0, 9.0], beta = [0.5, -2.0], mean = [1.0, 3.0], variance = [3.0, 8.0], "
+                        "eps = 1: expected ([4, 8, 9, 12], [16.5, -8]), "),
+    ("straight_through", "For x̂ where x = [-3.0, -0.75, -0.25, 0.2, 0.25, 0.75, 1.2, 9.0], s = 0.5, qmin = -4, "
+                         "qmax = 3: expected [-2, -1, 0, 0, 0, 1, 1, 1.5], "),
+    ("multiplier", "For m = 0.25: expected (1073741824, 1), "),
 ])
 def test_the_first_case_is_tiny_and_tells_what_came(name, said):
     assert check(name, lambda *_: (7, 7.5)).text.split("\n")[0] == said + "your function gave (7, 7.5)."
@@ -415,6 +571,79 @@ def test_what_is_asked():
     assert [(len(x), bits) for x, bits in asked("zero_point", zero_point)] == [(7, 8), (3, 8), (3, 8), (73_728, 4)]
     assert [(len(x), *rest) for x, *rest in asked("quantize", dict(RIGHT)["quantize"])] == [
         (8, 2.0, 3, -128, 127), (73_728, 0.11, -3, -8, 7)]
+    folded = asked("fold_batch_norm", fold)
+    assert [np.shape(weight) for weight, *_ in folded] == [(2, 2, 1, 1), (2, 1, 2, 2)]
+    assert [eps for *_, eps in folded] == [1, 1e-5]
+    factors = [m for (m,) in asked("multiplier", safe_multiplier)]
+    assert [multiplier(m)[1] for m in factors] == [1, 1, 7, 0, -1, -6, 0]
+    assert [round(m * 2 ** (31 + multiplier(m)[1])) == 2**31 for m in factors] == [False] * 6 + [True]
+    assert all(Fraction(m) * 2 ** (32 + multiplier(m)[1]) % 2 != 1 for m in factors)  # no tie
+
+
+def test_folding_is_asked_of_the_real_network():
+    weight, bias, *statistics, eps = asked("fold_batch_norm", fold)[1]
+    model = digits.load()
+    folded = ptq.fold_batch_norm(model).conv
+    assert bias == (0, 0) and model.conv.bias is None and eps == model.conv_norm.eps
+    mine = fold(np.array(weight), np.zeros(2), *map(np.array, statistics), eps)
+    np.testing.assert_allclose(mine[0], folded.weight.detach()[:2, :, :2, :2], rtol=1e-5)
+    np.testing.assert_allclose(mine[1], folded.bias.detach()[:2], rtol=1e-5)
+
+
+def test_straight_through_asks_for_values_and_gradients_where_all_agree():
+    calls = asked("straight_through", staircase(one_inside))
+    assert [(len(x), *rest) for x, *rest in calls] == 2 * [(8, 0.5, -4, 3)] + 2 * [(73_704, 0.11, -8, 7)]
+    for x, s, low, high in calls:
+        assert x.dtype == torch.float32 and x.requires_grad and x.is_leaf
+        u = x.detach().double() / s
+        assert (u > high).any()
+        beyond = torch.maximum(low - u, u - high)
+        assert ((beyond < -1e-3) | (beyond > 0.5 + 1e-3)).all()
+    assert (calls[0][0] < -4 * 0.5).any()
+
+
+def test_the_gradients_of_the_tiny_case_are_told():
+    assert check("straight_through", rounded).text.startswith(
+        "For the gradient of sum(x̂) with respect to x where x = [-3.0, -0.75, -0.25, 0.2, 0.25, 0.75, 1.2, 9.0], "
+        "s = 0.5, qmin = -4, qmax = 3: expected [0, 1, 1, 1, 1, 1, 1, 0], "
+        "your function gave [0, 0, 0, 0, 0, 0, 0, 0].\n")
+    assert "your function gave 'no gradient'.\n" in check("straight_through", torch.no_grad()(rounded)).text
+
+
+def test_an_exception_on_the_way_back_is_told():
+    verdict = check("straight_through", staircase(lambda u, low, high: u[1:]))
+    assert verdict.passed is False
+    assert verdict.text.startswith("For the gradient of sum(x̂)")
+    assert "your function raised RuntimeError: " in verdict.text
+
+
+@pytest.mark.parametrize("nonsense", [
+    lambda x: x.sum(), lambda x: x[1:], lambda x: (x,), lambda x: x.to(torch.complex64), lambda x: x.to_sparse(),
+    lambda x: x.to("meta"), lambda x: x > 0, lambda x: x * math.nan, lambda x: x.double().numpy(), lambda x: x.zero_(),
+    lambda x: torch.Tensor, lambda x: [x, x],
+])
+@pytest.mark.filterwarnings("error")
+def test_other_tensors_are_wrong_not_a_crash(nonsense):
+    assert check("straight_through", lambda x, *_: nonsense(x)).passed is False
+
+
+def test_gradients_are_asked_for_even_where_they_are_switched_off():
+    with torch.no_grad():
+        assert check("straight_through", staircase(one_inside)).passed
+        assert not torch.is_grad_enabled()
+
+
+def test_only_the_check_that_needs_torch_imports_it():
+    code = """if True:
+        import sys
+        from qlab import exercises
+        for name in exercises.__all__:
+            if name != "check_straight_through":
+                getattr(exercises, name)(lambda *_: 0)
+        assert "torch" not in sys.modules
+        exercises.check_straight_through(lambda *_: 0)
+        assert "torch" in sys.modules"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_an_exception_is_told_with_its_case():
@@ -433,6 +662,7 @@ def test_values_that_look_alike_are_told_apart():
     ("absmax", lambda x, bits: (absmax(x, bits)[0], absmax(x, bits)[1] * (1 + 1e-9))),
     ("zero_point", lambda x, bits: (zero_point(x, bits)[0], zero_point(x, bits)[1] - 1e-6)),
     ("quantize", lambda x, s, z, low, high: (np.rint(x / s) + z).clip(low, high) * (1 + 1e-9)),
+    ("multiplier", lambda m: (safe_multiplier(m)[0] + 1, safe_multiplier(m)[1])),
 ])
 def test_integers_are_compared_exactly(name, wrong):
     assert check(name, wrong).passed is False
