@@ -7,7 +7,9 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-_MODULES = ("affine", "calibration", "exercises", "explorers", "floats", "live", "samples")
+_MODULES = (
+    "affine", "calibration", "digits", "exercises", "explorers", "floats", "live", "ptq", "samples", "training",
+)
 
 
 def __getattr__(name):

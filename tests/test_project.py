@@ -19,7 +19,7 @@ CONDA_NAMES = {  # where they differ from PyPI's
 FLOORS = {
     "floats": 1, "affine": 1, "samples": 1,
     "calibration": 2,
-    "ptq": 3, "qat": 3, "integer": 3, "outliers": 3, "smoothquant": 3, "spinquant": 3,
+    "training": 3, "ptq": 3, "qat": 3, "integer": 3, "outliers": 3, "smoothquant": 3, "spinquant": 3,
     "digits": 4, "smollm": 4,
     "live": 5, "explorers": 5, "exercises": 5,
 }

@@ -127,9 +127,8 @@ def _compared(answer, expected):
     pairs = zip(expected, _parts(answer), strict=False) if isinstance(expected, tuple) else [(expected, answer)]
     for wanted, came in ((numbers(wanted), numbers(came)) for wanted, came in pairs):
         if wanted.size > 8 and came is not None and came.shape == wanted.shape and (came != wanted).any():
-            wanted, came = wanted.ravel(), came.ravel()
             wrong = np.flatnonzero(came != wanted)
             first = (f"\n  {wrong.size:,} of {wanted.size:,} numbers differ. The first at index {wrong[0]}: "
-                     f"expected {show(wanted[wrong[0]])}, your function gave {show(came[wrong[0]], 12)}.")
+                     f"expected {show(wanted.flat[wrong[0]])}, your function gave {show(came.flat[wrong[0]], 12)}.")
     digits = 12 if show(answer) == show(expected) and not first else 6
     return f"expected {show(expected, digits)}, your function gave {show(answer, digits)}.{first}"

@@ -1,5 +1,24 @@
-"""The live figures of the lessons. Each function takes data and returns a `qlab.live.Explorer`."""
+"""The live figures of the lessons. Each function takes data and returns a `qlab.live.Explorer`.
 
+Those of lesson 04 need torch, and are imported when they are first used.
+"""
+
+from importlib import import_module
+
+from qlab.explorers.bits import float_bits
+from qlab.explorers.grids import granularity, mapping
 from qlab.explorers.ranges import clipping, drift
 
-__all__ = ["clipping", "drift"]
+_LAZY = dict.fromkeys(("digits_ptq", "qat", "training_run", "watch"), "qlab.explorers.networks")
+
+__all__ = ["clipping", "digits_ptq", "drift", "float_bits", "granularity", "mapping", "qat", "training_run", "watch"]
+
+
+def __getattr__(name):
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'qlab.explorers' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *_LAZY})
