@@ -8,7 +8,8 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _MODULES = (
-    "affine", "calibration", "digits", "exercises", "explorers", "floats", "live", "ptq", "samples", "training",
+    "affine", "calibration", "digits", "exercises", "explorers", "floats", "integer", "live", "ptq", "qat",
+    "samples", "training",
 )
 
 
