@@ -599,7 +599,21 @@ def test_the_picture_of_a_mapping(shared_mapping, bits, scheme):
         assert (ys[:, [0, 2]] == [1, 0]).all()
         assert np.isnan(xs[:, 3]).all()
 
+    all_codes = np.arange(read["qmin"], read["qmax"] + 1)
+    levels = read["scale"] * (all_codes - read["zero_point"])
+    (grid,) = [line for line in above.lines if line.get_color() == qlab.live.GREY]
+    xs = grid.get_xdata().reshape(all_codes.size, -1)  # a row for each level; the last column is a gap
+    np.testing.assert_allclose(xs[:, 0], levels, atol=1e-6)
+    np.testing.assert_allclose(code_at(xs[:, -2]), all_codes, atol=1e-5)
+
     steps = (x - x_hat) / read["scale"]
+    below = {line.get_color(): line.get_data() for line in explorer.figure.axes[1].lines
+             if line.get_animated() and line.get_marker() == "None"}
+    ends = np.reshape(below[qlab.live.BLUE], (2, -1, 3))[:, :, 1]  # of the stems
+    np.testing.assert_allclose(ends, [x[~clipped], steps[~clipped]], atol=1e-5)
+    xs, ys = np.reshape(below[qlab.live.GREY], (2, -1, 3))[:, :, :2]  # of the sawtooth
+    np.testing.assert_allclose(xs - read["scale"] * ys, np.stack([levels, levels], axis=1), atol=1e-5)
+    np.testing.assert_allclose((xs[1:, 0], xs[:-1, 1]), [levels[1:] - read["scale"] / 2] * 2, atol=1e-5)
     np.testing.assert_allclose(line(explorer, 1, "o").get_data(), [x[~clipped], steps[~clipped]], atol=1e-5)
     for marker, some in (("^", clipped & (steps > 0)), ("v", clipped & (steps < 0))):
         xs, ys = line(explorer, 1, marker).get_data()
