@@ -8,7 +8,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _MODULES = (
-    "affine", "calibration", "digits", "exercises", "explorers", "floats", "integer", "live", "ptq", "qat",
+    "affine", "calibration", "digits", "exercises", "explorers", "floats", "integer", "live", "ptq", "qat", "qat_study",
     "samples", "training",
 )
 
