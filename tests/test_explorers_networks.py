@@ -11,7 +11,7 @@ import ipywidgets as widgets
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgba
 from torch import nn
@@ -49,9 +49,9 @@ START = {
     "qat": {"scheme": LSQ, "bits": 3, "s": 0.5, "alpha": 2.0, "x": 0.65},
     "training_run": {"step": 6},
 }
-CONTROLS = [(name, settings, control) for name, settings in SETTINGS for control in START[name]
-            if (control, settings.get("scheme", LSQ)) not in [("s", PACT), ("alpha", LSQ)]
-            and (control, settings.get("mode")) != ("calibrator", "dynamic")]
+CONTROLS = [(name, setting, control) for name, setting in SETTINGS for control in START[name]
+            if (control, setting.get("scheme", LSQ)) not in [("s", PACT), ("alpha", LSQ)]
+            and (control, setting.get("mode")) != ("calibrator", "dynamic")]
 ORDINARY = [  # for comparisons with qlab.ptq
     {}, {"weight_bits": 2}, {"activation_bits": 2}, {"weight_bits": 4, "activation_bits": 4},
     {"weight_bits": 4, "activation_bits": 4, "weights": "per channel"},
@@ -77,9 +77,9 @@ def shared(name):
     return MAKERS[name]()
 
 
-def put(name, settings):
+def put(name, setting):
     explorer = shared(name)
-    explorer.set(**START[name] | settings)
+    explorer.set(**START[name] | setting)
     return explorer
 
 
@@ -105,9 +105,9 @@ def texts(axes, visible=True):
     return [text.get_text().replace("−", "-") for text in axes.texts if text.get_visible() == visible]
 
 
-@pytest.mark.parametrize("name, settings, control", CONTROLS)
-def test_a_control_over_its_whole_range(name, settings, control):
-    explorer = put(name, settings)
+@pytest.mark.parametrize("name, setting, control", CONTROLS)
+def test_a_control_over_its_whole_range(name, setting, control):
+    explorer = put(name, setting)
     steps, pictures = sweep(explorer.controls[control]), []
     assert len(steps) > 1
     for value in steps:
@@ -118,16 +118,16 @@ def test_a_control_over_its_whole_range(name, settings, control):
     assert len(set(pictures)) == len(steps)
 
 
-@pytest.mark.parametrize("name, settings", SETTINGS)
-def test_the_picture_does_not_depend_on_the_way_there(name, settings):
-    travelled = put(name, settings)
+@pytest.mark.parametrize("name, setting", SETTINGS)
+def test_the_picture_does_not_depend_on_the_way_there(name, setting):
+    travelled = put(name, setting)
     for label, control in travelled.controls.items():
         for value in sweep(control)[::3]:
             if label != "calibrator" or value != "MSE":  # it searches long, and is met elsewhere
                 control.value = value
-    travelled.set(**START[name] | settings)
+    travelled.set(**START[name] | setting)
     fresh = MAKERS[name]()
-    fresh.set(**settings)
+    fresh.set(**setting)
     assert travelled.png() == fresh.png()
     assert travelled.readout == fresh.readout
     assert not travelled.errors
@@ -179,10 +179,10 @@ def predictions(model):
         return model(DATA.test_images).argmax(1).numpy()
 
 
-@pytest.mark.parametrize("settings", ORDINARY, ids=str)
-def test_digits_ptq_reads_what_ptq_computes(settings):
-    explorer = put("digits_ptq", settings)
-    setting = START["digits_ptq"] | settings
+@pytest.mark.parametrize("changes", ORDINARY, ids=str)
+def test_digits_ptq_reads_what_ptq_computes(changes):
+    explorer = put("digits_ptq", changes)
+    setting = START["digits_ptq"] | changes
     quantized, model = quantized_network(**setting), float_network()[0]
     sqnr = ptq.layer_sqnr(model, quantized, DATA.test_images)
     truth, before, after = DATA.test_labels.numpy(), predictions(model), predictions(quantized)
@@ -250,14 +250,31 @@ def test_dynamic_quantization_needs_no_calibrator():
     assert not explorer.controls["calibrator"].disabled
 
 
-def test_digits_ptq_leaves_torchs_settings_alone():
-    threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
-    digits_ptq().set(weight_bits=7, mode="dynamic")
-    assert (torch.get_num_threads(), torch.is_grad_enabled()) == (threads, gradients)
+def test_digits_ptq_leaves_torchs_settings_alone(monkeypatch):
+    inside = []
+    observe = ptq.observe
+    monkeypatch.setattr(ptq, "observe", lambda *given: inside.append(torch.get_num_threads()) or observe(*given))
+    quantize = ptq.quantize_static
+    monkeypatch.setattr(ptq, "quantize_static",
+                        lambda *given, **more: inside.append(torch.get_num_threads()) or quantize(*given, **more))
+    torch.set_num_threads(2)
+    try:
+        explorer = digits_ptq()
+        assert torch.get_num_threads() == 2
+        explorer.set(weight_bits=7, mode="dynamic")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert inside == [1, 1, 1]
+    assert torch.is_grad_enabled()
 
 
 def round_ste(u):
     return (u.round() - u).detach() + u
+
+
+def ends(scheme, bits, s, alpha):
+    return (0, alpha) if scheme == PACT else (-s * min(2 ** (bits - 1), 127), s * (2 ** (bits - 1) - 1))
 
 
 def formulas(scheme, bits, s, alpha, x):
@@ -302,17 +319,24 @@ def curve_at(line, x):
 SCALES = st.sampled_from([1 / 64, 0.02, 0.1, 0.3125, 0.5, 0.77, 1.0])
 
 
+@settings(deadline=None)
 @given(scheme=st.sampled_from([LSQ, PACT]), bits=st.integers(2, 8), s=SCALES, alpha=st.floats(0.25, 3),
-       x=st.floats(-3, 3))
-def test_qat_reads_the_gradients_of_autograd(scheme, bits, s, alpha, x):
+       near=st.sampled_from(["anywhere", "low", "high"]), steps=st.floats(-1, 1))
+@example(scheme=LSQ, bits=3, s=0.5, alpha=1.0, near="high", steps=0.3)  # outside, though it rounds to the last code
+@example(scheme=LSQ, bits=3, s=0.5, alpha=1.0, near="low", steps=-0.3)
+@example(scheme=LSQ, bits=3, s=0.5, alpha=1.0, near="high", steps=0.0)
+@example(scheme=PACT, bits=3, s=0.5, alpha=1.0, near="high", steps=0.0)
+@example(scheme=PACT, bits=3, s=0.5, alpha=1.0, near="low", steps=0.0)
+def test_qat_reads_the_gradients_of_autograd(*, scheme, bits, s, alpha, near, steps):
+    step = s if scheme == LSQ else alpha / (2**bits - 1)
+    low, high = ends(scheme, bits, s, alpha)
+    x = min(max({"anywhere": 0, "low": low, "high": high}[near] + steps * (3 if near == "anywhere" else step), -3), 3)
     explorer = put("qat", {"scheme": scheme, "bits": bits, "s": s, "alpha": alpha, "x": x})
-    alpha, x, s = (explorer.controls[name].value for name in ("alpha", "x", "s"))
     x_hat, by_x, by_p = (value.item() for value in formulas(scheme, bits, s, alpha, [x]))
     readout = explorer.readout
     assert readout["x_hat"] == pytest.approx(x_hat, abs=1e-12)
     assert readout["straight_through"] == by_x
     assert readout["gradient_by_s" if scheme == LSQ else "gradient_by_alpha"] == pytest.approx(by_p, abs=1e-9)
-    step = s if scheme == LSQ else alpha / (2**bits - 1)
     assert readout["code"] * step == pytest.approx(x_hat, abs=1e-9)
     heights = [line.get_ydata()[0] for axes in explorer.figure.axes for line in axes.lines if line.get_marker() == "o"]
     assert heights == pytest.approx([x_hat, by_x, by_p], abs=1e-9)
@@ -341,7 +365,7 @@ def test_the_curves_of_qat(scheme, bits, s, alpha):
     crossed = x[1:][np.diff(stairs) != 0]
     assert np.sum((x[0] < places) & (places < x[-1])) == len(crossed)
     assert all(np.abs(places - place).min() < 2 * (x[1] - x[0]) for place in crossed)
-    low, high = (0, alpha) if scheme == PACT else (-s * min(2 ** (bits - 1), 127), s * (2 ** (bits - 1) - 1))
+    low, high = ends(scheme, bits, s, alpha)
     for axes in (above, middle, below):
         left, right = [patch for patch in axes.patches if patch.get_animated()]
         assert (left.get_x() + left.get_width() if low > -3 else low) == pytest.approx(low)
@@ -401,6 +425,15 @@ def test_a_replay_reads_what_was_recorded_last():
         low, high = right.get_xlim()
         assert low < -1
         assert high > 6
+
+
+@pytest.mark.parametrize("ends, spelled", [
+    ((0.0, 6.0), "0 … 6"), ((0, 2.345678), "0 … 2.35"), ((-0.0074, 2.5), "−0.01 … 2.5"), ((-0.001, 2.0), "0 … 2"),
+    ((-153.26, 17.77), "−153 … 18"), ((0.00123456, 0.0456789), "0.0012 … 0.0457"), ((-3, -1), "−3 … −1"),
+    ((0, 0), "0 … 0"),
+])
+def test_ranges_are_spelled_briefly(ends, spelled):
+    assert training_run([{"step": 0, "ranges": {"a": ends}}]).readout["range a"] == spelled
 
 
 def test_a_replay_can_be_played(monkeypatch):

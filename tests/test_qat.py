@@ -178,6 +178,18 @@ def test_lsq_plus_rounds_its_offset_to_a_zero_point():
         assert (int(params.zero_point), params.qmin, params.qmax) == (z - 4, -4, 3)
 
 
+def test_range_is_where_the_levels_end():
+    for quantizer, ends in [
+        (EMA(3, 0.5, 2.0), (0.5, 2.0)), (PACT(3, 2.5), (0, 2.5)), (LSQPlus(3, 0.5, -0.75, n=1), (-0.75, 2.75)),
+        (LSQ(3, 0.5, n=1), (-2, 1.5)), (LSQ(3, 0.5, n=1, signed=False), (0, 3.5)),
+        (LSQ(3, torch.tensor([0.5, 1.0]), n=1), (-4, 3)),
+    ]:
+        assert quantizer.range() == ends
+        if not isinstance(quantizer, EMA) and quantizer.params().axis is None:
+            x_hat = quantizer(VALUES)
+            assert (x_hat.min(), x_hat.max()) == ends
+
+
 # Quantizers: gradients
 
 
@@ -468,11 +480,12 @@ def test_a_layer_used_twice_stays_one():
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_converted_equals_prepared(scheme, bits, per_channel):
     prepared = prepared_digits(scheme, bits, bits, epochs=1, images=128, per_channel=per_channel, start_delay=1)
-    before = snapshot(prepared)
+    before = snapshot(prepared.train())
     quantized = convert(prepared)
     assert_unchanged(prepared, before)
+    assert not any(module.training for module in quantized.modules())
     images = data().test_images
-    assert torch.equal(quantized(images), prepared(images))
+    assert torch.equal(quantized(images), prepared.eval()(images))
     for module in ptq.layers(folded()):
         layer = quantized.get_submodule(module)
         assert type(layer) is ptq.QuantizedLayer

@@ -35,7 +35,7 @@ _BELOW = {  # label and ticks of the gradient by the learned parameter
 }
 
 _PLAY_FRAMES, _PLAY_MILLISECONDS = 80, 100
-_LEAST_LOSS = 1e-6  # what a logarithmic axis can show
+_LEAST = 1e-6  # what a logarithm can be taken of
 
 
 @dataclass(frozen=True)
@@ -671,7 +671,7 @@ def _curves(history):
     ranges = [record["ranges"] for record in history if "ranges" in record]
     ends = [end for layers in ranges for pair in layers.values() for end in pair]
     low, high = min(ends, default=0), max(ends, default=0)
-    seen = np.clip(losses[1], _LEAST_LOSS, None) if losses.size else np.ones(1)
+    seen = np.clip(losses[1], _LEAST, None) if losses.size else np.ones(1)
     return Curves(
         losses, accuracies, ranges[0] if ranges else {},
         (10.0 ** math.floor(math.log10(seen.min()) - 1e-9), 10.0 ** math.ceil(math.log10(seen.max()) + 1e-9)),
@@ -701,7 +701,9 @@ def _read_run(result):
 
 
 def _spell_range(alpha, beta):
-    return f"{alpha + 0.0:.3g} … {beta + 0.0:.3g}".replace("-", "−")
+    """Three digits of the larger end, and as many decimals of the other."""
+    decimals = 2 - math.floor(math.log10(max(-alpha, beta, _LEAST)))
+    return " … ".join(f"{round(end, decimals) + 0.0:.6g}" for end in (alpha, beta)).replace("-", "−")
 
 
 _RUN_WORDS = {
@@ -750,12 +752,12 @@ def _draw_run(artists, result):
         artists.above.set_ylim(*curves.loss_limits)
         low, high = curves.range_limits
         margin = 0.02 * (high - low) or 1.0
-        artists.right.set_xlim(low - margin, high + 16 * margin)  # room for the numbers
-    artists.losses.set_data(*np.maximum(curves.losses, [[-np.inf], [_LEAST_LOSS]]))
+        artists.right.set_xlim(low - margin, high + 21 * margin)  # room for the numbers
+    artists.losses.set_data(*np.maximum(curves.losses, [[-np.inf], [_LEAST]]))
     artists.accuracies.set_data(*curves.accuracies)
     for line, dot, name in zip(artists.here, artists.dots, ("loss", "accuracy"), strict=True):
         line.set_xdata([now["step"]] * 2)
-        dot.set_data([now["step"]], [max(now[name], _LEAST_LOSS) if name in now else np.nan])
+        dot.set_data([now["step"]], [max(now[name], _LEAST) if name in now else np.nan])
     ranges = now.get("ranges", {})
     for bar, pairs in zip(artists.bars, (curves.first_ranges if ranges else {}, ranges), strict=True):
         bar.set_segments([[(alpha, row), (beta, row)] for row, (alpha, beta) in enumerate(pairs.values())])
