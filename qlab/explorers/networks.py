@@ -224,6 +224,7 @@ def _digits_figure(images, layers, float_accuracy, float_kb):
         bars.set(xlim=_DECIBELS, ylim=(len(layers) - 0.4, -0.6), xlabel="SQNR of the layer's output (dB)")
         bars.set_yticks(range(len(layers)), list(layers))
         bars.tick_params(axis="y", length=0)
+        bars.spines["left"].set_visible(False)
         bars.axvline(0, color=BLACK, lw=1)
         ratios = LineCollection([], linewidths=14, capstyle="butt", animated=True)
         bars.add_collection(ratios, autolim=False)
@@ -231,7 +232,7 @@ def _digits_figure(images, layers, float_accuracy, float_kb):
                     for row in range(len(layers))]
 
         pictures.set_axis_off()
-        broken = pictures.text(1, -2.6, "", fontsize=17, fontweight="bold", animated=True)
+        broken = pictures.text(1, -2.6, "", fontsize=16, fontweight="bold", animated=True)
         pictures.text(1, -0.7, "label → what is read now")
         mosaic = pictures.imshow(np.zeros((1, 1, 4), np.uint8), interpolation="nearest", animated=True,
                                  extent=(0, _COLUMNS * _CELL, _ROWS * _CELL, 0))
@@ -264,8 +265,8 @@ def _draw_digits(artists, result):
         text.set_visible(i < len(shown))
         if i < len(shown):
             text.set_text("{1} → {2}".format(*shown[i]))
-    some = f": {len(shown)} of them" if len(result.broken) > len(shown) else ""
-    artists.broken.set_text(f"{len(result.broken)} digits broke{some}")
+    some = f", {len(shown)} of them:" if len(result.broken) > len(shown) else ""
+    artists.broken.set_text(f"Broken digits: {len(result.broken)}{some}")
 
 
 @dataclass(frozen=True)
