@@ -35,7 +35,7 @@ def after_training(bits, seed, calibrator, model=None):
 
 
 def aware(bits, seed, scheme):
-    """Test accuracy in percent after training on with quantizers in place, with integer zero-points and float biases."""
+    """Test accuracy in percent after training on with quantizers in place: integer zero-points, float biases."""
     model = qat.prepare(ptq.fold_batch_norm(digits.load()), scheme, subset(seed), weight_bits=bits,
                         activation_bits=bits)
     _train(model, seed)

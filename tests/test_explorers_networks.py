@@ -214,7 +214,7 @@ def test_digits_ptq_reads_what_ptq_computes(changes):
 
     broken = np.flatnonzero((before == truth) & (after != truth))
     count, _, *captions = texts(pictures)
-    assert count == f"{len(broken)} digits broke" + (": 12 of them" if len(broken) > 12 else "")
+    assert count == f"Broken digits: {len(broken)}" + (", 12 of them:" if len(broken) > 12 else "")
     assert captions == [f"{truth[i]} → {after[i]}" for i in broken[:12]]
     mosaic = np.asarray(pictures.images[0].get_array())
     shown = np.zeros(mosaic.shape[:2], bool)
