@@ -8,8 +8,8 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _MODULES = (
-    "affine", "calibration", "digits", "exercises", "explorers", "floats", "integer", "live", "ptq", "qat", "qat_study",
-    "samples", "training",
+    "affine", "calibration", "digits", "exercises", "explorers", "floats", "integer", "live", "outliers", "ptq", "qat",
+    "qat_study", "samples", "smollm", "training",
 )
 
 

@@ -19,8 +19,8 @@ CONDA_NAMES = {  # where they differ from PyPI's
 FLOORS = {
     "floats": 1, "affine": 1, "samples": 1,
     "calibration": 2,
-    "training": 3, "ptq": 3, "qat": 3, "integer": 3, "outliers": 3, "smoothquant": 3, "spinquant": 3,
-    "digits": 4, "qat_study": 4, "smollm": 4,
+    "training": 3, "ptq": 3, "qat": 3, "integer": 3, "smollm": 3, "outliers": 3, "smoothquant": 3, "spinquant": 3,
+    "digits": 4, "qat_study": 4,
     "live": 5, "explorers": 5, "exercises": 5,
 }
 SOURCES = sorted((ROOT / "qlab").rglob("*.py"))
