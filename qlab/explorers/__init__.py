@@ -1,6 +1,6 @@
 """The live figures of the lessons. Each function takes data and returns a `qlab.live.Explorer`.
 
-Those of lesson 04 need torch, and are imported when they are first used.
+Those of lessons 04 to 07 need torch, and are imported when they are first used.
 """
 
 from importlib import import_module
@@ -10,8 +10,11 @@ from qlab.explorers.grids import granularity, mapping
 from qlab.explorers.ranges import clipping, drift
 
 _LAZY = dict.fromkeys(("digits_ptq", "qat", "training_run", "watch"), "qlab.explorers.networks")
+_LAZY["outliers"] = "qlab.explorers.activations"
 
-__all__ = ["clipping", "digits_ptq", "drift", "float_bits", "granularity", "mapping", "qat", "training_run", "watch"]
+__all__ = [
+    "clipping", "digits_ptq", "drift", "float_bits", "granularity", "mapping", "outliers", "qat", "training_run", "watch",
+]
 
 
 def __getattr__(name):

@@ -2,7 +2,7 @@
 
 Two sources, and the scripts that made the files:
 
-- ``smollm2.npz``: activations and weights of SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0);
+- ``smollm2.npz``, ``outliers_*.npz``: activations and weights of SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0);
   `qlab.samples.extract`.
 - ``digits.npz``: images of hand-written digits, and two deep networks trained on them for this course. The images are
   a part of the UCI data set "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak 1998,
@@ -17,6 +17,7 @@ _FROM_LLM = ("activations", "new_activations", "weights")
 _DIGITS = ("digit_images", "digit_labels", "calibration_digits")
 _ACTIVATIONS = ("relu", "tanh")
 _LINEAR_LAYERS = 9
+_PRODUCTS = ((12, "attn_in"), (11, "down_in"), (29, "mlp_in"), (12, "o_in"))
 
 
 def load(name):
@@ -104,6 +105,29 @@ def mlp(activation):
             (arrays[f"{activation}_weight_{i}"].astype(np.float32), arrays[f"{activation}_bias_{i}"].astype(np.float32))
             for i in range(_LINEAR_LAYERS)
         ]
+
+
+def products():
+    """Activations and the weights that they meet, at four places in the LLM: y = x Wᵀ.
+
+    Returns
+    -------
+    dict of (layer, site) to pair (x, w), float32
+        ``x`` has the shape (64 tokens, channels): English prose, from its first token on. ``w`` has the shape
+        (outputs, channels), the first rows of the matrix: 192 of q for "attn_in", of o for "o_in" and of gate for
+        "mlp_in", 64 of down for "down_in". Stored as float16.
+
+    References
+    ----------
+    `qlab.smollm` names the sites; `qlab.samples.extract` made the files.
+
+    Examples
+    --------
+    >>> {place: x.shape for place, (x, w) in products().items()}
+    {(12, 'attn_in'): (64, 576), (11, 'down_in'): (64, 1536), (29, 'mlp_in'): (64, 576), (12, 'o_in'): (64, 576)}
+    """
+    files = {(layer, site): f"outliers_{layer}_{site}.npz" for layer, site in _PRODUCTS}
+    return {place: tuple(_stored(file, name).astype(np.float32) for name in "xw") for place, file in files.items()}
 
 
 def path(name):

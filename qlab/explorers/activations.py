@@ -1,0 +1,254 @@
+"""Lessons 05 and 06: what outliers in the activations of a language model do to a grid."""
+
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+
+import ipywidgets as widgets
+import matplotlib
+import numpy as np
+import torch
+
+from qlab import samples
+from qlab.affine import fake_quantize, real_array, sqnr_db
+from qlab.explorers.grids import _paths
+from qlab.explorers.ranges import _bits_slider
+from qlab.live import BLACK, BLUE, GREY, ORANGE, VERMILION, Explorer, new_figure
+from qlab.outliers import GRANULARITIES, params_of
+
+KEEP, CLIP, ZERO, FLOAT = "keep", "clip", "zero", "in float"
+THRESHOLDS = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+GROUP_SIZE = 64
+SITE_NAMES = {"attn_in": "attention input", "o_in": "input of o", "mlp_in": "MLP input", "down_in": "input of down"}
+_LEAST, _MOST = 0.03, 300.0  # percent: ends of the axis of the output error
+_MOST_COLUMNS = 800  # of the heat map
+_CODES = (matplotlib.colormaps["viridis_r"](np.linspace(0.15, 1, 256)) * 255).round().astype(np.uint8)
+_WHITE, _IN_FLOAT = np.uint8([255, 255, 255, 255]), np.uint8([230, 159, 0, 255])
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """What `outliers` shows for one position of its controls."""
+
+    place: tuple
+    granularity: str
+    threshold: float | None
+    codes: np.ndarray  # |q − z| as a share of the largest, tokens × channels; 0 means that nothing is left
+    in_float: np.ndarray  # bool for each channel
+    half_steps: tuple  # of each channel, least and most over the tokens
+    sqnr_db: float
+    output_error: dict  # granularity: ‖(x − x̂) Wᵀ‖ / ‖x Wᵀ‖ of each token in percent, mean and largest
+    to_zero: float  # share of the other values that become 0
+    touched: float  # share of the values clipped, zeroed or kept in float
+
+
+def outliers(places=None, bits=8):
+    """Explore what a few large activations do to all others, and what can be done with them.
+
+    Above, the integer codes of every activation, tokens × channels: white is code 0 (x̂ = 0), orange stays in float.
+    Below, the largest and the typical |x| of each channel, and half a step of its grid: what lies below becomes 0.
+    Right, how wrong the layer's output is, for each granularity.
+
+    Parameters
+    ----------
+    places : dict of (layer, site) to pair (x, w), optional
+        Float arrays or tensors: activations (tokens, channels), and rows (outputs, channels) of the weights that they
+        meet. By default `qlab.samples.products`.
+    bits : int, 2 to 8
+        To start with.
+
+    Returns
+    -------
+    Explorer
+        Controls ``place``, ``granularity`` ("tensor", "token", "channel" or "group" of 64 channels of a token),
+        ``bits``, ``treatment`` of what reaches the threshold ("keep", "clip" it to the threshold, "zero" it, or leave
+        its channel "in float", as LLM.int8() does) and ``threshold``, in units of x. The weights stay in float.
+
+    Raises
+    ------
+    ValueError
+        If ``places`` is empty, a matrix has not two dimensions, is empty or has a NaN or infinity, a pair does not fit
+        together, or ``bits`` is not from 2 to 8.
+
+    References
+    ----------
+    Dettmers et al. 2022, "LLM.int8()", section 3; Xiao et al. 2023, "SmoothQuant", section 3.
+
+    Examples
+    --------
+    >>> explorer = outliers()
+    >>> round(explorer.readout["output_error_percent"], 1)
+    8.9
+    >>> explorer.set(granularity="token")
+    """
+    places = {place: _pair(place, *pair) for place, pair in (samples.products() if places is None else places).items()}
+    if not places:
+        raise ValueError("places must hold at least one pair (x, w), got none")
+    outputs = {place: x @ w.T for place, (x, w) in places.items()}
+
+    def treated(x, treatment, threshold):
+        """What goes to the quantizer, what is done to it afterwards, and where the treatment acts."""
+        large = x.abs() >= threshold
+        if treatment == CLIP:
+            return x.clamp(-threshold, threshold), lambda x_hat: x_hat, large
+        if treatment == ZERO:
+            return x.masked_fill(large, 0), lambda x_hat: x_hat, large
+        if treatment == FLOAT:
+            columns = large.any(0).expand_as(x)
+            return x.masked_fill(columns, 0), lambda x_hat: torch.where(columns, x, x_hat), columns
+        return x, lambda x_hat: x_hat, torch.zeros_like(large)
+
+    def compute(*, place, granularity, bits, treatment, threshold):
+        x, w = places[place]
+        small, finish, touched = treated(x, treatment, threshold)
+        error = {}
+        for each in GRANULARITIES:
+            each_params = _params(small, each, bits)
+            x_hat = finish(fake_quantize(small, each_params))
+            of_tokens = 100 * (x_hat @ w.T - outputs[place]).norm(dim=1) / outputs[place].norm(dim=1)
+            error[each] = of_tokens.mean().item(), of_tokens.max().item()
+            if each == granularity:
+                params, chosen = each_params, x_hat
+        steps = params.scale.expand(1, 1) if granularity == "tensor" else (
+            params.scale[:, None] if granularity == "token" else params.scale[None] if granularity == "channel"
+            else params.scale.repeat_interleave(_group_size(x), 1))
+        steps = steps.expand_as(x)
+        in_float = touched.all(0) if treatment == FLOAT else torch.zeros(x.shape[1], dtype=torch.bool)
+        ordinary = (x != 0) & ~touched
+        return Outliers(
+            place, granularity, None if treatment == KEEP else threshold,
+            codes=((chosen / steps).abs() / (2**bits - 1)).numpy(), in_float=in_float.numpy(),
+            half_steps=((steps.amin(0) / 2).numpy(), (steps.amax(0) / 2).numpy()),
+            sqnr_db=float(sqnr_db(x, chosen)), output_error=error,
+            to_zero=float((chosen[ordinary] == 0).double().mean()) if ordinary.any() else 0.0,
+            touched=float(touched.double().mean()),
+        )
+
+    def read(result):
+        return {
+            "output_error_percent": result.output_error[result.granularity][0],
+            "worst_token_percent": result.output_error[result.granularity][1],
+            "sqnr_db": result.sqnr_db,
+            "others_to_zero_percent": 100 * result.to_zero,
+            "treated_percent": 100 * result.touched,
+            "integer_product": "no: a scale inside the sum" if result.granularity == "channel" else
+            "in parts: one sum per group" if result.granularity == "group" else "yes",
+        }
+
+    controls = {
+        "place": widgets.Dropdown(options=[(_name(place), place) for place in places], description="place",
+                                  style={"description_width": "40px"}, layout={"width": "290px"}),
+        "granularity": widgets.ToggleButtons(options=list(GRANULARITIES), style={"button_width": "72px"}),
+        "bits": _bits_slider(bits),
+        "treatment": widgets.ToggleButtons(options=[KEEP, CLIP, ZERO, FLOAT], style={"button_width": "72px"}),
+        "threshold": widgets.SelectionSlider(options=THRESHOLDS, value=6, description="at |x| ≥", disabled=True,
+                                             layout={"width": "300px"}),
+    }
+
+    def couple(name, state):
+        return {"threshold": {"disabled": state["treatment"] == KEEP}} if name == "treatment" else {}
+
+    figure, artists = _outliers_figure()
+    return Explorer(
+        figure, controls, compute, partial(_draw_outliers, artists, places), read, couple=couple,
+        title="Outliers in the activations of a language model",
+        description="Above, a heat map of the integer codes, tokens against channels; white cells hold code 0, orange "
+        "columns stay in float. Below, the largest and the typical magnitude of each channel on a logarithmic axis, "
+        "with half a step of its grid: smaller values become 0. Right, bars with the error of the layer's output for "
+        "one scale per tensor, token, channel and group.",
+    )
+
+
+def _pair(place, x, w):
+    """Both as float32 tensors of two dimensions that fit together."""
+    x, w = (torch.as_tensor(real_array(a, name)).to(torch.float32) for a, name in ((x, "x"), (w, "w")))
+    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
+        raise ValueError(f"places must hold x (tokens, channels) and w (outputs, channels) with as many channels, "
+                         f"got {tuple(x.shape)} and {tuple(w.shape)} at {place}")
+    if not x.any():
+        raise ValueError(f"places must hold x other than 0, got only zeros at {place}")
+    return x, w
+
+
+def _group_size(x):
+    return GROUP_SIZE if x.shape[1] % GROUP_SIZE == 0 else x.shape[1]
+
+
+def _params(x, granularity, bits):
+    return params_of(x, granularity, bits, group_size=_group_size(x))
+
+
+def _name(place):
+    layer, site = place
+    return f"layer {layer}, {SITE_NAMES.get(site, site)}"
+
+
+def _outliers_figure():
+    with new_figure(height=520) as figure:
+        axes = figure.subplot_mosaic("AC;BC", height_ratios=[1, 1.15], width_ratios=[2.7, 1])
+        heat, profile, bars = axes["A"], axes["B"], axes["C"]
+        heat.set(ylabel="token", title="integer codes |q − z| (white: 0)", xticks=[])
+        image = heat.imshow(np.zeros((1, 1, 4), np.uint8), aspect="auto", interpolation="nearest", animated=True)
+        profile.set(xlabel="channel", ylabel="|x|", yscale="log")
+        peaks = profile.plot([], [], color=GREY, lw=1, label="largest in channel")[0]
+        typical = profile.plot([], [], ".", ms=3, color=BLACK, label="typical (median)")[0]
+        least = profile.plot([], [], color=BLUE, lw=1.6, animated=True, label="half a step")[0]
+        most = profile.plot([], [], color=BLUE, lw=1.6, animated=True)[0]
+        threshold = profile.axhline(1, color=ORANGE, ls="--", animated=True, label="threshold")
+        profile.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False, handlelength=1.2,
+                       columnspacing=1, fontsize=12)
+        bars.set(title="error of the output", xscale="log", xlim=(_LEAST, _MOST), ylim=(3.6, -0.6),
+                 xlabel="of one token:\nmean, ◆ worst")
+        bars.set_xticks([0.1, 1, 10, 100], ["0.1 %", "1", "10", "100"])
+        bars.set_yticks(range(len(GRANULARITIES)), GRANULARITIES)
+        bars.tick_params(axis="y", length=0)
+        lines = [bars.plot([], [], color=GREY, lw=20, solid_capstyle="butt", animated=True)[0] for _ in GRANULARITIES]
+        worst = bars.plot([], [], "d", ms=9, color=BLACK, animated=True)[0]
+        texts = [bars.text(_LEAST * 1.1, i - 0.36, "", va="center", fontsize=13, animated=True)
+                 for i in range(len(GRANULARITIES))]
+    return figure, SimpleNamespace(place=None, heat=heat, image=image, profile=profile, peaks=peaks, typical=typical,
+                                   least=least, most=most, threshold=threshold, lines=lines, worst=worst, texts=texts)
+
+
+def _draw_outliers(artists, places, result):
+    x = places[result.place][0]
+    tokens, channels = x.shape
+    if result.place != artists.place:  # a new background
+        artists.place = result.place
+        sizes = x.abs().numpy()
+        peaks, typical = sizes.max(0), np.median(sizes, axis=0)
+        columns = np.arange(channels) + 0.5
+        low = max(np.median(typical) / 30, peaks.max() * 1e-6)
+        artists.peaks.set_data(*_paths([columns, columns], [np.full(channels, low), peaks]))
+        artists.typical.set_data(columns, typical)
+        artists.profile.set(xlim=(0, channels), ylim=(low, 3 * peaks.max()))
+        artists.image.set_extent((0, channels, tokens, 0))
+        artists.heat.set(xlim=(0, channels), ylim=(tokens, 0))
+    artists.image.set_data(_heat_map(result))
+    starts = np.arange(channels + 1).repeat(2)[1:-1]
+    for line, half in zip((artists.least, artists.most), result.half_steps, strict=True):
+        line.set_data(starts, np.repeat(half, 2))
+    artists.threshold.set_visible(result.threshold is not None)
+    if result.threshold is not None:
+        artists.threshold.set_ydata([result.threshold] * 2)
+    artists.worst.set_data(np.clip([worst for _, worst in result.output_error.values()], _LEAST, _MOST),
+                           range(len(GRANULARITIES)))
+    for i, (granularity, (error, _)) in enumerate(result.output_error.items()):
+        now = granularity == result.granularity
+        artists.lines[i].set_data([_LEAST, np.clip(error, _LEAST, _MOST)], [i, i])
+        artists.lines[i].set_color(VERMILION if now else GREY)
+        artists.texts[i].set(text=f"{error:.2g} %" if error < 99.5 else f"{error:.0f} %",
+                             fontweight="bold" if now else "normal")
+
+
+def _heat_map(result):
+    """Colours of the codes; of neighbouring channels that share a pixel, the largest code."""
+    pool = -(-result.codes.shape[1] // _MOST_COLUMNS)
+    starts = np.arange(0, result.codes.shape[1], pool)
+    codes = np.maximum.reduceat(result.codes, starts, axis=1)
+    in_float = np.logical_or.reduceat(result.in_float, starts)
+    shade = np.log1p(255 * codes) / np.log(256)  # so that small codes can be told from each other
+    colors = _CODES[np.clip(255 * shade, 0, 255).astype(np.uint8)]
+    colors[codes == 0] = _WHITE
+    colors[:, in_float] = _IN_FLOAT
+    return colors
