@@ -13,7 +13,7 @@ import numpy as np
 
 from qlab.affine import ErrorSplit, check_bits, dequantize, range_params, real_array
 
-_BLOCK = 32  # values per stored prefix sum, so that the sums take half a byte for each value
+_BLOCK = 8  # values per stored prefix sum, so that the sums take two bytes for each value
 _MOST_LEVELS = 2**13  # levels handled at once when many ranges are asked for: fits the processor's caches
 _KL_BINS = 2048
 _GAUSS_MAD = math.sqrt(2 / math.pi)  # mean |x − μ| / σ of a normal distribution
@@ -34,7 +34,7 @@ class ErrorProfile:
     Parameters
     ----------
     x : float array, any shape
-        The data. A sorted copy is kept, and half a byte of sums for each value.
+        The data. A sorted copy is kept, and two bytes of sums for each value.
     overwrite_x : bool
         Sort ``x`` itself in place of a copy, to save memory.
 
@@ -313,7 +313,7 @@ def percentile(x, p, *, symmetric=False):
 
 
 def mse(x, bits=8, *, symmetric=False):
-    """The range inside of min-max with the least mean squared error, by search over exact errors.
+    """The range inside min-max with the least mean squared error, by search over exact errors.
 
     With ``symmetric``, a thousand ranges are tried, then finer ones around the best. Otherwise the best of a coarse
     grid over both ends, and of min-max shrunk, is where they start to move in turn, each over many places, until

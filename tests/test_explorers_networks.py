@@ -6,6 +6,8 @@ import math
 import subprocess
 import sys
 from functools import lru_cache, partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import ipywidgets as widgets
 import numpy as np
@@ -19,7 +21,7 @@ from tqdm.auto import tqdm
 
 from qlab import digits, ptq
 from qlab import qat as quantizers
-from qlab.explorers import digits_ptq, qat, training_run, watch
+from qlab.explorers import digits_ptq, networks, qat, training_run, watch
 from qlab.explorers.networks import LSQ, PACT
 from qlab.live import VERMILION
 from qlab.training import Step, train
@@ -235,6 +237,27 @@ def test_few_bits_break_digits_and_eight_do_not():
     assert 12 < broken[1] < 100 < broken[2]
 
 
+@pytest.mark.parametrize("changes, accuracy", [
+    ({"weight_bits": 4}, 93.1), ({"activation_bits": 4}, 98.6), ({"weight_bits": 3}, 70.6),
+    ({"activation_bits": 3}, 95.3),
+    *[({"weight_bits": 3, "activation_bits": 3, **more}, accuracy) for more, accuracy in [
+        ({}, 55.0), ({"calibrator": "KL"}, 58.1), ({"weight_range": "MSE"}, 75.8), ({"weights": "per channel"}, 76.1),
+        ({"weights": "per channel", "weight_range": "MSE", "calibrator": "MSE"}, 88.6)]],
+], ids=str)
+def test_what_lesson_04_says_of_digits_ptq(changes, accuracy):
+    explorer = put("digits_ptq", changes)
+    assert explorer.readout["accuracy"] == pytest.approx(accuracy, abs=0.33)  # an image, by sums in another order
+    assert explorer.readout["worst_layer"] == "pointwise3"
+    said = (Path(__file__).parents[1] / "notebooks" / "04_ptq_and_qat.ipynb").read_text(encoding="utf-8")
+    assert f"{accuracy} %" in said
+
+
+@pytest.mark.parametrize("calibrator", ptq.CALIBRATORS)
+def test_another_calibrator_helps_little_where_the_weights_fail(calibrator):
+    accuracy = put("digits_ptq", {"weight_bits": 3, "activation_bits": 3, "calibrator": calibrator}).readout["accuracy"]
+    assert 54 < accuracy < 59
+
+
 def test_dynamic_quantization_needs_no_calibrator():
     explorer = put("digits_ptq", {"activation_bits": 3})
     assert not explorer.controls["calibrator"].disabled
@@ -372,6 +395,19 @@ def test_the_curves_of_qat(scheme, bits, s, alpha):
         assert (right.get_x() if high < 3 else high) == pytest.approx(high)
     assert below.get_ylabel() == ("∂x̂/∂s" if scheme == LSQ else "∂x̂/∂α")
     assert explorer.readout["range"] == f"{low:.4g} … {high:.4g}".replace("-", "−")
+
+
+@settings(deadline=None)
+@given(bits=st.integers(2, 8), s=SCALES, steps=st.floats(-200, 200))
+def test_the_squared_error_asks_for_a_smaller_step_inside_and_a_larger_one_outside(bits, s, steps):
+    explorer = put("qat", {"bits": bits, "s": s})
+    explorer.set(x=min(max(steps * s, -3), 3))
+    readout, x = explorer.readout, explorer.controls["x"].value
+    slope = (readout["x_hat"] - x) * readout["gradient_by_s"]
+    if readout["straight_through"]:
+        assert slope == pytest.approx(s * (round(x / s) - x / s) ** 2, abs=1e-9)
+    else:
+        assert slope < 0
 
 
 def test_the_true_derivative_does_not_exist_at_a_jump():
@@ -662,6 +698,51 @@ def test_other_messages_are_handled_between_two_steps():
 
     asyncio.run(cell())
     assert order[:4] == [1, "message 1", 2, "message 2"]
+
+
+class FakeKernel:
+    """What `watch` uses of ipykernel: a message from a widget is handled without a status while an async cell runs."""
+
+    def __init__(self):
+        self.parent, self.said = "cell", []
+
+    def get_parent(self, channel):
+        return self.parent
+
+    async def dispatch_shell(self, message, *, concurrent=False):
+        self.parent = message
+        await asyncio.sleep(0)
+        self.said.append(("handled", message))
+
+    def _publish_status(self, status, channel, parent=None):
+        self.said.append((status, parent or self.parent))
+
+
+def test_a_message_from_a_widget_is_answered_while_a_cell_trains(monkeypatch):
+    kernel = FakeKernel()
+    monkeypatch.setattr(networks, "get_ipython", lambda: SimpleNamespace(kernel=kernel))
+    watched = Watched()
+
+    async def dispatch(message, concurrent):
+        await kernel.dispatch_shell(message, concurrent=concurrent)
+
+    async def cell():
+        async for step in watched.run:
+            if step.step in (2, 5):  # what arrives now is handled before the next step
+                asyncio.get_running_loop().create_task(dispatch(f"message {step.step}", concurrent=step.step == 2))
+
+    asyncio.run(cell())
+    assert kernel.said == [("handled", "message 2"), ("idle", "message 2"), ("busy", "cell"), ("handled", "message 5")]
+    assert "dispatch_shell" not in vars(kernel)
+
+
+@pytest.mark.parametrize("shell", [None, SimpleNamespace(), SimpleNamespace(
+    kernel=SimpleNamespace(dispatch_shell=lambda message: None))], ids=["none", "no kernel", "an older kernel"])
+def test_other_shells_are_left_alone(monkeypatch, shell):
+    monkeypatch.setattr(networks, "get_ipython", lambda: shell)
+    watched = Watched()
+    watched.in_a_cell()
+    assert len(watched.run) == 0
 
 
 def test_tqdm_awaits_the_steps():

@@ -1,6 +1,7 @@
 """Lesson 04: what fewer bits leave of a network, how a gradient passes through rounding, and a training, live."""
 
 import asyncio
+import inspect
 import math
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import ipywidgets as widgets
 import numpy as np
 import torch
+from IPython import get_ipython
 from matplotlib.collections import LineCollection
 from matplotlib.lines import Line2D
 
@@ -29,9 +31,9 @@ _DECIBELS = -10, 54
 
 _REACH = 3.0  # of the staircase's x axis
 LSQ, PACT = "LSQ: learn s", "PACT: learn α"
-_BELOW = {  # label and ticks of the gradient by the learned parameter
-    LSQ: ("∂x̂/∂s", {-128: "−128", -8: "−8", -0.5: "−½", 0: "0", 0.5: "½", 8: "8", 128: "128"}),
-    PACT: ("∂x̂/∂α", {0: "0", 1: "1"}),
+_BELOW = {  # label, limits and ticks of the gradient by the learned parameter
+    LSQ: ("∂x̂/∂s", (-250, 250), {-128: "−128", -8: "−8", -0.5: "−½", 0: "0", 0.5: "½", 8: "8", 128: "128"}),
+    PACT: ("∂x̂/∂α", (-0.25, 1.3), {0: "0", 1: "1"}),
 }
 
 _PLAY_FRAMES, _PLAY_MILLISECONDS = 80, 100
@@ -74,7 +76,7 @@ def digits_ptq():
     before it count too. Right, up to 12 of the digits that broke: float reads them right, the quantized network not.
 
     A step computes on one thread, and restores torch's setting: two threads that wait for each other can take ten times
-    as long.
+    as long. The first step with "MSE" or "KL" and a number of bits searches for the ranges, which takes longer.
 
     Returns
     -------
@@ -185,16 +187,8 @@ def digits_ptq():
 
 def _outputs(model, named_layers, images):
     """What each layer puts out for the images."""
-    outputs = {}
-    hooks = [layer.register_forward_hook(lambda module, inputs, output, name=name: outputs.update({name: output}))
-             for name, layer in named_layers.items()]
-    try:
-        with torch.no_grad():
-            model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return outputs
+    records = ptq._record(model, named_layers, images, None, lambda inputs, output: output)
+    return {name: output for name, (output,) in records.items()}
 
 
 def _in_two_rows(controls, chips):
@@ -232,7 +226,7 @@ def _digits_figure(images, layers, float_accuracy, float_kb):
                     for row in range(len(layers))]
 
         pictures.set_axis_off()
-        broken = pictures.text(1, -2.6, "", fontsize=16, fontweight="bold", animated=True)
+        broken = pictures.text(1, -3.0, "", fontsize=16, fontweight="bold", animated=True)
         pictures.text(1, -0.7, "label → what is read now")
         mosaic = pictures.imshow(np.zeros((1, 1, 4), np.uint8), interpolation="nearest", animated=True,
                                  extent=(0, _COLUMNS * _CELL, _ROWS * _CELL, 0))
@@ -293,11 +287,11 @@ def qat(bits=3):
     """Explore how a gradient passes through rounding, and what a learned range feels.
 
     Above, x̂ against x, with zero-point 0. In the middle, its true derivative, which is 0 wherever there is one, and
-    the one that quantization-aware training puts in its place, the straight-through estimator: 1 inside of the range
-    and 0 outside. Below, the gradient by which the range is learned.
+    the one that quantization-aware training puts in its place, the straight-through estimator: 1 inside the range and
+    0 outside. Below, the gradient by which the range is learned.
 
     LSQ, s is learned: x̂ = s · round(clip(x / s, −Q_N, Q_P)) with Q_P = 2^(b−1) − 1 and Q_N = 2^(b−1), or 127 for
-    8 bits. With u = x / s, ∂x̂/∂s = round(u) − u inside of the range, −Q_N below and Q_P above it. (`qlab.qat.LSQ`
+    8 bits. With u = x / s, ∂x̂/∂s = round(u) − u inside the range, −Q_N below and Q_P above it. (`qlab.qat.LSQ`
     trains with a share of it, 1 / √(n · Q_P) for n values that share s.)
 
     PACT, α is learned: x̂ = s · round(clip(x, 0, α) / s) with s = α / (2^b − 1). ∂x̂/∂α = 1 where x ≥ α, 0 elsewhere.
@@ -377,7 +371,7 @@ def qat(bits=3):
         figure, controls, compute, partial(_draw_rounding, artists), read, couple=couple,
         title="A gradient through rounding",
         description="Above: the quantized value against the value, a staircase with flat ends. In the middle: its "
-        "derivative, 0 between the jumps, and the straight-through estimator, 1 inside of the range. Below: the "
+        "derivative, 0 between the jumps, and the straight-through estimator, 1 inside the range. Below: the "
         "gradient of the learned scale or range. A dashed line marks x in all three.",
     )
 
@@ -396,7 +390,7 @@ def _rounding_figure():
         true = middle.plot([], [], color=BLACK, **moving)[0]
         estimate = middle.plot([], [], color=VERMILION, ls=(0, (4, 1.5)), **moving)[0]
         below.set_yscale("symlog", linthresh=1, linscale=2.2)
-        below.set(ylim=(-250, 250), xlabel="x (shaded: outside of the range)")
+        below.set(xlabel="x (shaded: outside the range)")
         below.axhline(0, color=BLACK, lw=0.8)
         by_parameter = below.plot([], [], color=ORANGE, **moving)[0]
         here = [axes.axvline(0, color=BLACK, lw=1.4, ls="--", animated=True) for axes in (above, middle, below)]
@@ -415,8 +409,8 @@ def _rounding_figure():
 def _draw_rounding(artists, result):
     if result.scheme != artists.scheme:  # a new background
         artists.scheme = result.scheme
-        label, ticks = _BELOW[result.scheme]
-        artists.below.set_ylabel(label)
+        label, limits, ticks = _BELOW[result.scheme]
+        artists.below.set(ylabel=label, ylim=limits)
         artists.below.set_yticks(list(ticks), list(ticks.values()))
     alpha, beta = result.ends
     codes = np.arange(result.qmin, result.qmax + 1)
@@ -618,7 +612,8 @@ class watch(Iterator, AsyncIterator):
 
     async def __anext__(self):
         try:
-            await asyncio.sleep(0)  # here the kernel handles messages from the browser
+            with _answered_widgets():
+                await asyncio.sleep(0)  # here the kernel handles messages from the browser
         except asyncio.CancelledError:  # the kernel's interrupt
             self.stop()
         for step in self:
@@ -638,6 +633,33 @@ class watch(Iterator, AsyncIterator):
         _check_record(present, self.history[:-1])
         self.history[-1] = present
         self.explorer.set(step=present["step"])
+
+
+@contextmanager
+def _answered_widgets():
+    """Inside, the browser is told of each message from a widget that it has been handled.
+
+    ipykernel 7.4 handles these messages while an async cell runs, but leaves out the status that says so, and a slider
+    whose message stays without it never sends another.
+    """
+    kernel = getattr(get_ipython(), "kernel", None)
+    dispatch = getattr(kernel, "dispatch_shell", None)
+    if dispatch is None or "concurrent" not in inspect.signature(dispatch).parameters:
+        yield
+        return
+    cell = kernel.get_parent("shell")
+
+    async def dispatch_and_answer(*given, concurrent=False, **named):
+        await dispatch(*given, concurrent=concurrent, **named)
+        if concurrent:
+            kernel._publish_status("idle", "shell")  # of the message
+            kernel._publish_status("busy", "shell", parent=cell)
+
+    kernel.dispatch_shell = dispatch_and_answer
+    try:
+        yield
+    finally:
+        del kernel.dispatch_shell
 
 
 def _check_record(record, before):
