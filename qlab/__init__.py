@@ -3,9 +3,14 @@
 ``import qlab`` loads nothing else; a module such as ``qlab.affine`` is imported when it is first used.
 """
 
+import os
 from importlib import import_module
 
 __version__ = "0.1.0"
+
+# OpenMP's threads, which torch uses, burn the processor while they wait for work. Where several kernels share it, that
+# makes each many times slower; so let them sleep. It must be set before torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _MODULES = (
     "affine", "calibration", "digits", "exercises", "explorers", "floats", "integer", "live", "outliers", "ptq", "qat",

@@ -10,10 +10,11 @@ from qlab.explorers.grids import granularity, mapping
 from qlab.explorers.ranges import clipping, drift
 
 _LAZY = dict.fromkeys(("digits_ptq", "qat", "training_run", "watch"), "qlab.explorers.networks")
-_LAZY["outliers"] = "qlab.explorers.activations"
+_LAZY |= dict.fromkeys(("landscape", "outliers"), "qlab.explorers.activations")
 
 __all__ = [
-    "clipping", "digits_ptq", "drift", "float_bits", "granularity", "mapping", "outliers", "qat", "training_run", "watch",
+    "clipping", "digits_ptq", "drift", "float_bits", "granularity", "landscape", "mapping", "outliers", "qat",
+    "training_run", "watch",
 ]
 
 

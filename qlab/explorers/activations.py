@@ -22,8 +22,77 @@ GROUP_SIZE = 64
 SITE_NAMES = {"attn_in": "attention input", "o_in": "input of o", "mlp_in": "MLP input", "down_in": "input of down"}
 _LEAST, _MOST = 0.03, 300.0  # percent: ends of the axis of the output error
 _MOST_COLUMNS = 800  # of the heat map
+_MOST_RIDGES = 200  # of the surface
 _CODES = (matplotlib.colormaps["viridis_r"](np.linspace(0.15, 1, 256)) * 255).round().astype(np.uint8)
 _WHITE, _IN_FLOAT = np.uint8([255, 255, 255, 255]), np.uint8([230, 159, 0, 255])
+
+
+def landscape(places=None):
+    """Look at activations as a surface over tokens and channels: the picture of the papers on outliers.
+
+    Parameters
+    ----------
+    places : dict of (layer, site) to pair (x, w), optional
+        As in `outliers`; only x is shown.
+
+    Returns
+    -------
+    Explorer
+        Control ``place``.
+
+    Raises
+    ------
+    ValueError
+        As `outliers`.
+
+    References
+    ----------
+    Xiao et al. 2023, "SmoothQuant", figure 4; Sun et al. 2024, "Massive activations in large language models",
+    figure 1.
+
+    Examples
+    --------
+    >>> explorer = landscape()
+    >>> explorer.readout["largest"], explorer.readout["at_channel"]
+    (9.90625, 247)
+    """
+    places = _checked(places)
+
+    def compute(*, place):
+        x = places[place][0].abs()
+        pool = -(-x.shape[1] // _MOST_RIDGES)
+        starts = np.arange(0, x.shape[1], pool)
+        token, channel = divmod(int(x.argmax()), x.shape[1])
+        return SimpleNamespace(place=place, channels=starts, heights=np.maximum.reduceat(x.numpy(), starts, axis=1),
+                               largest=x.max().item(), median=x.median().item(), token=token, channel=channel)
+
+    def read(result):
+        return {"largest": result.largest, "at_token": result.token, "at_channel": result.channel,
+                "median": result.median, "largest_to_median": result.largest / result.median}
+
+    with new_figure(height=500) as figure:
+        axes = figure.add_subplot(projection="3d", computed_zorder=False)
+        axes.set(xlabel="\nchannel", ylabel="\ntoken", zlabel="|x|")
+        axes.view_init(elev=28, azim=-60)
+        axes.set_box_aspect((2.4, 1.1, 0.9), zoom=1.35)
+
+    surfaces = []
+
+    def draw(result):
+        for surface in surfaces:
+            surface.remove()
+        rows = np.arange(result.heights.shape[0])
+        grid = np.meshgrid(result.channels, rows)
+        surfaces[:] = [axes.plot_surface(*grid, result.heights, cmap="viridis", rcount=_MOST_RIDGES,
+                                         ccount=_MOST_RIDGES, linewidth=0, antialiased=False, clip_on=False)]
+        axes.set(xlim=(0, result.channels[-1]), ylim=(0, rows[-1]), zlim=(0, 1.05 * result.largest))
+
+    return Explorer(
+        figure, {"place": _place_control(places)}, compute, draw, read,
+        title="Activations as a surface",
+        description="The magnitude of each activation as a height over tokens and channels. An outlier channel is a "
+        "ridge that runs along all tokens; a massive activation is a single needle.",
+    )
 
 
 @dataclass(frozen=True)
@@ -78,12 +147,10 @@ def outliers(places=None, bits=8):
     --------
     >>> explorer = outliers()
     >>> round(explorer.readout["output_error_percent"], 1)
-    8.9
+    4.7
     >>> explorer.set(granularity="token")
     """
-    places = {place: _pair(place, *pair) for place, pair in (samples.products() if places is None else places).items()}
-    if not places:
-        raise ValueError("places must hold at least one pair (x, w), got none")
+    places = _checked(places)
     outputs = {place: x @ w.T for place, (x, w) in places.items()}
 
     def treated(x, treatment, threshold):
@@ -136,8 +203,7 @@ def outliers(places=None, bits=8):
         }
 
     controls = {
-        "place": widgets.Dropdown(options=[(_name(place), place) for place in places], description="place",
-                                  style={"description_width": "40px"}, layout={"width": "290px"}),
+        "place": _place_control(places),
         "granularity": widgets.ToggleButtons(options=list(GRANULARITIES), style={"button_width": "72px"}),
         "bits": _bits_slider(bits),
         "treatment": widgets.ToggleButtons(options=[KEEP, CLIP, ZERO, FLOAT], style={"button_width": "72px"}),
@@ -157,6 +223,19 @@ def outliers(places=None, bits=8):
         "with half a step of its grid: smaller values become 0. Right, bars with the error of the layer's output for "
         "one scale per tensor, token, channel and group.",
     )
+
+
+def _checked(places):
+    """The places, by default those that ship, as pairs of float32 tensors."""
+    places = {place: _pair(place, *pair) for place, pair in (samples.products() if places is None else places).items()}
+    if not places:
+        raise ValueError("places must hold at least one pair (x, w), got none")
+    return places
+
+
+def _place_control(places):
+    return widgets.Dropdown(options=[(_name(place), place) for place in places], description="place",
+                            style={"description_width": "40px"}, layout={"width": "290px"})
 
 
 def _pair(place, x, w):
