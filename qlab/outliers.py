@@ -5,6 +5,7 @@ Everything here takes a `qlab.smollm.SmolLM`; a place in it is a pair (layer, si
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -12,12 +13,13 @@ from tqdm.auto import tqdm
 
 from qlab.affine import (
     absmax_params,
+    check_bits,
     fake_quantize,
     quantize,
     real_array,
     zero_point_params,
 )
-from qlab.smollm import SITES, check_tokens, inserted
+from qlab.smollm import READERS, SITES, check_tokens, inserted
 
 GRANULARITIES = ("tensor", "token", "channel", "group")
 
@@ -87,6 +89,34 @@ def capture(model, tokens, places, *, progress=False):
     return {place: torch.cat(parts).flatten(0, 1) for place, parts in found.items()}
 
 
+def products(model, tokens, places, outputs=64):
+    """Activations and the weights that they meet, for the figures `qlab.explorers.outliers` and ``landscape``.
+
+    Parameters
+    ----------
+    model : SmolLM
+    tokens : int64 tensor, shape (N, T)
+    places : iterable of (layer, site)
+    outputs : int, ≥ 1
+        How many rows of the matrix; of those that read the site, the first one in `qlab.smollm.READERS`.
+
+    Returns
+    -------
+    dict of (layer, site) to pair (x, w)
+        Shapes (N · T, channels) and (outputs, channels).
+
+    Raises
+    ------
+    ValueError
+        As `capture`, or if ``outputs`` is less than 1.
+    """
+    if outputs < 1:
+        raise ValueError(f"outputs must be at least 1, got {outputs}")
+    captured = capture(model, tokens, places)
+    return {(layer, site): (x, getattr(model.blocks[layer], READERS[site][0]).weight[:outputs])
+            for (layer, site), x in captured.items()}
+
+
 def statistics(model, tokens, sites=SITES, *, progress=False):
     """`Statistics` of every layer at some sites, without keeping the activations.
 
@@ -106,7 +136,7 @@ def statistics(model, tokens, sites=SITES, *, progress=False):
     ValueError
         As `capture`.
     """
-    sums = {(layer, site): _Sums() for layer in range(len(model.blocks)) for site in sites}
+    sums = {place: _Sums() for place in product(range(len(model.blocks)), sites)}
     _watch(model, tokens, {place: place_sums.add for place, place_sums in sums.items()}, progress)
     return {place: place_sums.result() for place, place_sums in sums.items()}
 
@@ -127,16 +157,21 @@ class _Sums:
 
     def result(self):
         first, second, third, fourth = (self.powers / self.count).tolist()
-        variance = second - first**2
+        low, high, variance = torch.stack(self.low).amin(0), torch.stack(self.high).amax(0), second - first**2
         central = fourth - 4 * first * third + 6 * first**2 * second - 3 * first**4
-        return Statistics(torch.stack(self.low).amin(0), torch.stack(self.high).amax(0), torch.cat(self.tokens),
-                          central / variance**2 if variance > 0 else float("nan"))
+        return Statistics(low, high, torch.cat(self.tokens),
+                          central / variance**2 if low.min() < high.max() else float("nan"))
 
 
 @torch.inference_mode()
 def _watch(model, tokens, callbacks, progress):
     """Call ``callbacks[place](x)`` with what passes there, sequence by sequence."""
     check_tokens(tokens)
+    layers = range(len(model.blocks))
+    for place in callbacks:
+        if place not in {(layer, site) for layer in layers for site in SITES}:
+            raise ValueError(f"places must be pairs (layer, site), a layer from 0 to {layers[-1]} and a site of "
+                             f"{', '.join(SITES)}, got {place!r}")
 
     def look(callback, x):
         callback(x)
@@ -172,11 +207,13 @@ def kurtosis(x):
     3.0
     """
     x = torch.as_tensor(real_array(x, "x")).double()
+    if x.min() == x.max():
+        return float("nan")
     deviation = x - x.mean()
     return float(deviation.pow(4).mean() / deviation.square().mean().square())
 
 
-def outlier_channels(x, factor=5.0):
+def outlier_channels(x, factor=8.0):
     """Channels that are large in most tokens: their median |x| is ``factor`` times that of the median channel or more.
 
     Parameters
@@ -257,7 +294,7 @@ def decompose(x, weight, threshold=6.0, bits=8):
         One scale for each output.
     threshold : float, > 0
         In units of ``x``.
-    bits : int, 2 to 8
+    bits : int, 2 to 16
 
     Returns
     -------
@@ -280,11 +317,12 @@ def decompose(x, weight, threshold=6.0, bits=8):
     >>> [round(y, 3) for y in product.flatten().tolist()], in_float.tolist()
     ([6.5, -5.0], [1])
     """
-    x, weight = _matrix(x), _matrix(weight, "weight")
+    x, weight, bits = _matrix(x), _matrix(weight, "weight"), check_bits(bits)
     if x.shape[1] != weight.shape[1]:
         raise ValueError(f"weight must have as many columns as x, {x.shape[1]}, got {weight.shape[1]}")
     if not threshold > 0:
         raise ValueError(f"threshold must be greater than 0, got {threshold}")
+    weight = weight.to(x.dtype)
     in_float = (x.abs() >= threshold).any(0)
     product = x[:, in_float] @ weight[:, in_float].T
     if not in_float.all():
@@ -391,7 +429,7 @@ def _static(params):
 
 
 def _matrix(x, name="x"):
-    x = real_array(x, name)
     if not isinstance(x, torch.Tensor) or x.ndim != 2:
-        raise ValueError(f"{name} must be a torch tensor of two dimensions, got shape {tuple(x.shape)}")
-    return x
+        got = f"shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ValueError(f"{name} must be a torch tensor of two dimensions, got {got}")
+    return real_array(x, name)

