@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _MODULES = (
     "affine", "calibration", "digits", "exercises", "explorers", "floats", "integer", "live", "outliers", "ptq", "qat",
-    "qat_study", "samples", "smollm", "training",
+    "qat_study", "samples", "smollm", "smoothquant", "spinquant", "training",
 )
 
 

@@ -393,15 +393,17 @@ def quantize_weights(model, bits=8, *, per_channel=False, sites=SITES, layers=ra
     return reweighted(model, weights, f"{bits}-bit weights")
 
 
-def torch_int8(model, *, in_float=()):
+def torch_int8(model, *, per_channel=False, in_float=()):
     """A copy of the model whose blocks compute with torch's own dynamic int8 kernels.
 
-    Weights are int8, one scale for each matrix. Activations are quantized at each call, one scale for each tensor; on
+    Weights are int8. Activations are quantized at each call, one scale for each tensor; on
     x86 to 7 bits, which its 16-bit sums can hold. Embedding, norms and head stay in float.
 
     Parameters
     ----------
     model : SmolLM
+    per_channel : bool
+        One scale for each row of the weights. False, one for each matrix, is what torch does without being asked.
     in_float : iterable of str
         Linear layers that are left as they are, such as ("down",).
 
@@ -423,9 +425,11 @@ def torch_int8(model, *, in_float=()):
         raise ValueError(f"in_float must be of {', '.join(names)}, got {', '.join(map(repr, sorted(unknown)))}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        chosen = {f"{layer}.{name}": torch.ao.quantization.default_dynamic_qconfig
+        quantization = torch.ao.quantization
+        config = quantization.per_channel_dynamic_qconfig if per_channel else quantization.default_dynamic_qconfig
+        chosen = {f"{layer}.{name}": config
                   for layer in range(LAYERS) for name in names if name not in in_float}
-        blocks = torch.ao.quantization.quantize_dynamic(model.blocks, chosen)
+        blocks = quantization.quantize_dynamic(model.blocks, chosen)
     copy = reweighted(model, {}, "torch int8")
     copy.blocks = blocks
     return copy

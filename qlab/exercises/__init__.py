@@ -12,10 +12,11 @@ from qlab.exercises.activations import check_decompose, check_token_scales
 from qlab.exercises.affine import check_absmax, check_quantize, check_zero_point
 from qlab.exercises.calibration import check_best_range, check_clipping_error, check_percentile_range
 from qlab.exercises.floats import check_decode, check_encode, check_spacing
+from qlab.exercises.language_models import check_hadamard, check_smoothing_scales
 from qlab.exercises.networks import check_fold_batch_norm, check_multiplier, check_straight_through
 
 __all__ = [
     "check_absmax", "check_best_range", "check_clipping_error", "check_decode", "check_decompose", "check_encode",
-    "check_fold_batch_norm", "check_multiplier", "check_percentile_range", "check_quantize", "check_spacing",
-    "check_straight_through", "check_token_scales", "check_zero_point",
+    "check_fold_batch_norm", "check_hadamard", "check_multiplier", "check_percentile_range", "check_quantize",
+    "check_smoothing_scales", "check_spacing", "check_straight_through", "check_token_scales", "check_zero_point",
 ]

@@ -11,10 +11,12 @@ from qlab.explorers.ranges import clipping, drift
 
 _LAZY = dict.fromkeys(("digits_ptq", "qat", "training_run", "watch"), "qlab.explorers.networks")
 _LAZY |= dict.fromkeys(("landscape", "outliers"), "qlab.explorers.activations")
+_LAZY["smoothing"] = "qlab.explorers.smoothquant"
+_LAZY |= dict.fromkeys(("rotation", "rotation_2d"), "qlab.explorers.rotations")
 
 __all__ = [
     "clipping", "digits_ptq", "drift", "float_bits", "granularity", "landscape", "mapping", "outliers", "qat",
-    "training_run", "watch",
+    "rotation", "rotation_2d", "smoothing", "training_run", "watch",
 ]
 
 

@@ -1,0 +1,416 @@
+"""Lesson 07: what a rotation in front of the quantizer does to outliers."""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from types import SimpleNamespace
+
+import ipywidgets as widgets
+import numpy as np
+import torch
+
+from qlab.affine import QParams, absmax_params, dequantize, fake_quantize, real_array
+from qlab.explorers.activations import _checked, _name, _place_control
+from qlab.explorers.grids import _paths
+from qlab.explorers.ranges import _bits_slider
+from qlab.live import BLACK, BLUE, GREEN, GREY, ORANGE, VERMILION, Explorer, new_figure
+from qlab.outliers import kurtosis, params_of
+from qlab.spinquant import _check_orthogonal, fast_hadamard, random_hadamard, random_orthogonal
+
+NO_AXIS, ONE_AXIS, DIAGONAL = "none", "on one axis", "diagonal"
+NONE, HADAMARD, RANDOM_HADAMARD, RANDOM_ORTHOGONAL = "none", "Hadamard", "random Hadamard", "random orthogonal"
+_ANGLES = np.arange(91.0)  # degrees
+_LONG, _SHORT = 5.0, 1.0  # standard deviations along the outlier axis and across
+_MOST_LINES = 64  # of a grid in each direction: more would be a grey area
+_RATIOS = (0.5, 0.7, 1, 1.4, 2)
+_LEAST, _MOST = 0.03, 300.0  # percent: ends of the axis of the output error
+
+
+@dataclass(frozen=True)
+class Rotation2d:
+    """What `rotation_2d` shows for one position of its controls."""
+
+    theta: float
+    x: np.ndarray  # the cloud, tokens × 2
+    r: np.ndarray
+    params: QParams  # of x R
+    error: float  # ‖x R − Q(x R)‖ / ‖x‖ in percent
+    kurtosis: float
+    without: float  # the error at θ = 0
+    curves: tuple  # error, max |x R| and kurtosis at each angle, as multiples of what they are at θ = 0
+
+
+def rotation_2d():
+    """Explore in two dimensions how a rotation in front of the quantizer changes its error.
+
+    Left, tokens of two channels in the rotated coordinates, x R, with the levels of one absmax grid for both channels
+    (up to 6 bits) and the square |x R| ≤ max. Middle, the same tokens and levels turned back by Rᵀ: the tokens are
+    where they were, and the grid stands at an angle. Right, for all angles, the error, max |x R| and the kurtosis as
+    multiples of what they are without rotation.
+
+    Returns
+    -------
+    Explorer
+        Controls ``theta`` (degrees), ``bits`` and ``outlier``: "none" (as wide in all directions), "on one axis" (five
+        times as wide along the first channel as along the second) or "diagonal" (the same cloud turned by 45°). All
+        clouds have the same mean square. The chip "best θ" goes to the whole degree with the least error.
+
+    References
+    ----------
+    Liu et al. 2025, "SpinQuant: LLM quantization with learned rotations", section 2.
+
+    Examples
+    --------
+    >>> explorer = rotation_2d()
+    >>> round(explorer.readout["error_percent"], 1)
+    17.1
+    >>> explorer.set(theta=45)
+    >>> round(explorer.readout["error_percent"], 1)
+    12.8
+    """
+    clouds = _clouds()
+
+    @lru_cache
+    def curves(outlier, bits):
+        turned = np.stack([(clouds[outlier] @ _turn(theta)).ravel() for theta in _ANGLES])
+        x_hat = fake_quantize(turned, absmax_params(turned, bits, axis=0))
+        error = np.linalg.norm(turned - x_hat, axis=1)
+        largest = np.abs(turned).max(1)
+        tails = np.array([kurtosis(row) for row in turned])
+        return tuple(curve / curve[0] for curve in (error, largest, tails))
+
+    def error_percent(x, params):
+        return float(100 * np.linalg.norm(x - fake_quantize(x, params)) / np.linalg.norm(x))
+
+    def compute(*, theta, bits, outlier):
+        x, r = clouds[outlier], _turn(theta)
+        params = absmax_params(x @ r, bits)
+        return Rotation2d(theta, x, r, params, error_percent(x @ r, params), kurtosis(x @ r),
+                          error_percent(x, absmax_params(x, bits)), curves(outlier, bits))
+
+    def read(result):
+        return {"theta": result.theta, "max": float(np.abs(result.x @ result.r).max()), "kurtosis": result.kurtosis,
+                "error_percent": result.error, "without_rotation_percent": result.without}
+
+    def best(*, bits, outlier, **_):
+        return {"theta": float(_ANGLES[curves(outlier, bits)[0].argmin()])}
+
+    controls = {
+        "theta": widgets.FloatSlider(0, min=0, max=90, step=1, description="θ (degrees)", readout_format=".0f",
+                                     layout={"width": "380px"}),
+        "bits": _bits_slider(4),
+        "outlier": widgets.ToggleButtons(options=[NO_AXIS, ONE_AXIS, DIAGONAL], value=ONE_AXIS,
+                                         style={"button_width": "96px"}),
+    }
+    figure, artists = _figure_2d(1.12 * max(np.linalg.norm(x, axis=1).max() for x in clouds.values()))
+    return Explorer(
+        figure, controls, compute, partial(_draw_2d, artists), read, chips={"best θ": best},
+        title="A rotation in front of the quantizer, in two dimensions",
+        description="Left, a cloud of tokens turned by the angle θ over the square grid of the quantizer, which "
+        "reaches the largest coordinate. Middle, both turned back: the cloud as it was, the grid at an angle. Right, "
+        "curves over the angle of the error, the largest magnitude and the kurtosis, relative to no rotation.",
+    )
+
+
+def _clouds():
+    """The same 400 normally distributed tokens, stretched in three ways."""
+    x = np.random.default_rng(0).standard_normal((400, 2))
+    x = x.clip(-3, 3)  # no single token decides
+    x -= x.mean(0)
+    long = x * [_LONG, _SHORT]
+    return {NO_AXIS: x * np.linalg.norm(long) / np.linalg.norm(x), ONE_AXIS: long, DIAGONAL: long @ _turn(45)}
+
+
+def _turn(theta):
+    """R that turns row vectors counter-clockwise by ``theta`` degrees: x R."""
+    cos, sin = math.cos(math.radians(theta)), math.sin(math.radians(theta))
+    return np.array([[cos, sin], [-sin, cos]])
+
+
+def _figure_2d(limit):
+    with new_figure(height=450) as figure:
+        turned, back, curves = figure.subplots(1, 3, width_ratios=[1, 1, 1.05])
+        panels = []
+        for axes, title in ((turned, "rotated: x R"), (back, "turned back: x")):
+            axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[], yticks=[], title=title)
+            axes.spines[:].set_visible(True)
+            moving = {"animated": True, "scalex": False, "scaley": False}
+            panels.append(SimpleNamespace(
+                grid=axes.plot([], [], color=BLUE, lw=0.5, alpha=0.6, **moving)[0],
+                square=axes.plot([], [], color=BLUE, lw=2, **moving)[0],
+                axis=axes.plot([], [], color=ORANGE, lw=2, ls="--", **moving)[0],
+                levels=axes.plot([], [], "s", color=VERMILION, ms=5, **moving)[0],
+                tokens=axes.plot([], [], ".", color=BLACK, ms=3, **moving)[0],
+            ))
+        first, second = panels
+        below = {"loc": "upper center", "ncols": 3, "frameon": False, "columnspacing": 1, "handlelength": 1.4}
+        turned.legend([first.tokens, first.levels], ["token", "level in use"], bbox_to_anchor=(0.5, 0), **below)
+        back.legend([second.square, second.axis], ["max |x R|", "channel 1"], bbox_to_anchor=(0.5, 0), **below)
+        curves.set(xlim=(0, 90), ylim=(0.48, 2.1), yscale="log", xlabel="θ (degrees)", title="relative to θ = 0")
+        curves.set_xticks([0, 45, 90])
+        curves.set_yticks(_RATIOS, [f"{ratio:g}×" for ratio in _RATIOS])
+        curves.set_yticks([], minor=True)
+        curves.axhline(1, color=BLACK, lw=0.8)
+        lines = [curves.plot([], [], animated=True, label=label, **look)[0] for label, look in (
+            ("error", {"color": VERMILION, "lw": 3}), ("max |x R|", {"color": BLUE, "ls": "--"}),
+            ("kurtosis", {"color": GREEN, "ls": ":"}))]
+        now = curves.axvline(0, color=BLACK, lw=1.2, animated=True)
+        marker = curves.plot([], [], "o", color=VERMILION, mec=BLACK, ms=11, clip_on=False, animated=True)[0]
+        curves.legend(bbox_to_anchor=(0.43, -0.17), fontsize=12, **below)
+    return figure, SimpleNamespace(panels=panels, lines=lines, now=now, marker=marker)
+
+
+def _draw_2d(artists, result):
+    levels = dequantize(np.arange(result.params.qmin, result.params.qmax + 1), result.params)
+    low, high = levels[0], levels[-1]
+    lines = levels if len(levels) <= _MOST_LINES else levels[:0]
+    upright = _paths([lines, lines], [np.full(lines.size, low), np.full(lines.size, high)])
+    grid = np.hstack([upright, upright[::-1]]).T
+    square = np.array([[low, low], [low, high], [high, high], [high, low], [low, low]])
+    turned, far = result.x @ result.r, 2 * np.abs(result.x).max()
+    shapes = {"grid": grid, "square": square, "axis": np.array([[-far, 0], [far, 0]]) @ result.r, "tokens": turned,
+              "levels": np.unique(fake_quantize(turned, result.params), axis=0)}
+    for panel, back in zip(artists.panels, (np.eye(2), result.r.T), strict=True):
+        for name, points in shapes.items():
+            getattr(panel, name).set_data(*(points @ back).T)
+    for line, curve in zip(artists.lines, result.curves, strict=True):
+        line.set_data(_ANGLES, curve)
+    artists.now.set_xdata([result.theta] * 2)
+    artists.marker.set_data([result.theta], [result.error / result.without])
+
+
+@dataclass(frozen=True)
+class Turned:
+    """A layer's input and weights after a rotation, and what follows from them whatever the grid."""
+
+    x: torch.Tensor
+    w: torch.Tensor
+    largest: np.ndarray  # of each channel
+    counts: np.ndarray  # of |x| in each bin
+    kurtosis: float
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """What `rotation` shows for one position of its controls."""
+
+    place: tuple
+    rotate: str
+    turned: Turned
+    half_steps: tuple  # least and most
+    to_zero: float  # share of the values that become 0
+    output_error: dict  # rotation: ‖(x R − Q(x R)) Rᵀ Wᵀ‖ / ‖x Wᵀ‖ of each token in percent, mean and largest; or None
+
+
+def rotation(places=None, bits=4, rotations=None):
+    """Explore what a rotation does to the activations of a real layer, and to the layer's error.
+
+    Left, the largest |x| of each channel, before (grey) and after the rotation. Middle, how many values have which
+    magnitude, before and after. The blue lines are half a step of the grids, the least and the most: what lies below
+    becomes 0. Right, how wrong the layer's output is with each rotation. The weights are rotated along and stay in
+    float.
+
+    Parameters
+    ----------
+    places : dict of (layer, site) to pair (x, w), optional
+        Float arrays or tensors: activations (tokens, channels), and rows (outputs, channels) of the weights that they
+        meet. By default `qlab.samples.products`.
+    bits : int, 2 to 8
+        To start with.
+    rotations : dict of str to float array or tensor, optional
+        Further rotations under names of their own: orthogonal matrices (channels, channels) that fit one of the places.
+
+    Returns
+    -------
+    Explorer
+        Controls ``place``, ``rotate`` ("none", "Hadamard", "random Hadamard", "random orthogonal" or a name in
+        ``rotations``), ``seed`` of the random ones, ``bits`` and ``granularity`` ("tensor" or "token"). A rotation that
+        does not fit a place has no bar there, and selecting it is an error.
+
+    Raises
+    ------
+    ValueError
+        If ``places`` is empty, a matrix has not two dimensions, is empty or has a NaN or infinity, a pair does not fit
+        together, ``bits`` is not from 2 to 8, or one of ``rotations`` has a name that is taken, is not orthogonal or
+        fits no place.
+
+    References
+    ----------
+    Liu et al. 2025, "SpinQuant: LLM quantization with learned rotations", sections 2 and 3.1; Ashkboos et al. 2024,
+    "QuaRot: outlier-free 4-bit inference in rotated LLMs", section 3.
+
+    Examples
+    --------
+    >>> explorer = rotation()
+    >>> round(explorer.readout["output_error_percent"], 1)
+    37.9
+    >>> explorer.set(rotate="Hadamard")
+    >>> round(explorer.readout["output_error_percent"], 1)
+    9.7
+    """
+    places, given = _checked(places), {}
+    for name, matrix in _items(rotations):
+        given[name] = _fitting(name, matrix, {x.shape[1] for x, _ in places.values()})
+    names = [NONE, HADAMARD, RANDOM_HADAMARD, RANDOM_ORTHOGONAL, *given]
+    outputs = {place: x @ w.T for place, (x, w) in places.items()}
+    scales = {place: _Magnitudes(x) for place, (x, _) in places.items()}
+
+    def rotated(a, rotate, seed):
+        """a R, or a ValueError where there is no R of that size."""
+        n = a.shape[1]
+        if rotate == NONE:
+            return a
+        if rotate == HADAMARD:
+            return fast_hadamard(a)
+        if rotate in given and len(given[rotate]) != n:
+            raise ValueError(f"it has {len(given[rotate])} channels, the place has {n}")
+        return a @ (given[rotate] if rotate in given else
+                    random_hadamard(n, seed) if rotate == RANDOM_HADAMARD else random_orthogonal(n, seed))
+
+    @lru_cache(32)
+    def turned(place, rotate, seed):
+        x, w = places[place]
+        x, w = rotated(torch.cat([x, w]), rotate, seed).split([len(x), len(w)])
+        size = x.abs().numpy()
+        return Turned(x, w, size.max(0), np.histogram(size, scales[place].bins)[0], kurtosis(x))
+
+    def turned_if_it_fits(place, rotate, seed):
+        try:
+            return turned(place, rotate, seed if rotate in (RANDOM_HADAMARD, RANDOM_ORTHOGONAL) else 0)
+        except ValueError as error:
+            return error
+
+    def compute(*, place, rotate, seed, bits, granularity):
+        output, errors = outputs[place], {}
+        for name in names:
+            after = turned_if_it_fits(place, name, seed)
+            if isinstance(after, ValueError):
+                if name == rotate:
+                    raise ValueError(f"rotation {name!r} does not fit {_name(place)}: {after}")
+                errors[name] = None
+                continue
+            params = params_of(after.x, granularity, bits)
+            x_hat = fake_quantize(after.x, params)
+            of_tokens = (100 * (x_hat @ after.w.T - output).norm(dim=1) / output.norm(dim=1))[output.any(1)]
+            errors[name] = of_tokens.mean().item(), of_tokens.max().item()
+            if name == rotate:
+                chosen, half = after, (params.scale.min().item() / 2, params.scale.max().item() / 2)
+                to_zero = float((x_hat[after.x != 0] == 0).double().mean())
+        return Rotation(place, rotate, chosen, half, to_zero, errors)
+
+    def read(result):
+        error, worst = result.output_error[result.rotate]
+        return {"max": float(result.turned.largest.max()), "kurtosis": result.turned.kurtosis,
+                "output_error_percent": error, "worst_token_percent": worst,
+                "without_rotation_percent": result.output_error[NONE][0], "to_zero_percent": 100 * result.to_zero}
+
+    controls = {
+        "place": _place_control(places),
+        "rotate": widgets.ToggleButtons(options=names, style={"button_width": "auto"}),
+        "seed": widgets.IntSlider(0, min=0, max=9, description="seed", disabled=True, layout={"width": "240px"},
+                                  style={"description_width": "40px"}),
+        "bits": _bits_slider(bits),
+        "granularity": widgets.ToggleButtons(options=["tensor", "token"], value="token",
+                                             style={"button_width": "72px"}),
+    }
+
+    def couple(name, state):
+        random = state["rotate"] in (RANDOM_HADAMARD, RANDOM_ORTHOGONAL)
+        return {"seed": {"disabled": not random}} if name == "rotate" else {}
+
+    figure, artists = _rotation_figure(names)
+    before = {place: turned(place, NONE, 0) for place in places}
+    return Explorer(
+        figure, controls, compute, partial(_draw_rotation, artists, before, scales), read, couple=couple,
+        title="Rotations of the activations of a language model",
+        description="Left, the largest magnitude of each channel on a logarithmic axis, before a rotation as grey bars "
+        "and after it as dots. Middle, how many values have which magnitude, before as a grey area and after as a "
+        "line, with half a step of the grid: smaller values become 0. Right, bars with the error of the layer's output "
+        "for each rotation.",
+    )
+
+
+class _Magnitudes:
+    """The axis of |x| at a place: no rotation takes a value beyond the largest norm of a token."""
+
+    def __init__(self, x):
+        self.high = 1.2 * float(x.norm(dim=1).max())
+        self.low = max(float(x.abs().median()) / 30, 1e-6 * self.high)
+        self.bins = np.geomspace(self.low, self.high, 61)
+
+
+def _items(rotations):
+    try:
+        items = list((rotations or {}).items())
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"rotations must be a dict of names to matrices, got {rotations!r:.80}") from None
+    for name, _ in items:
+        if not isinstance(name, str) or name in (NONE, HADAMARD, RANDOM_HADAMARD, RANDOM_ORTHOGONAL, ""):
+            raise ValueError(f"rotations must have names of their own, got {name!r}")
+    return items
+
+
+def _fitting(name, matrix, channels):
+    """A rotation as a float32 tensor; a ValueError unless it is orthogonal and of the size of a place."""
+    name = f"rotations[{name!r}]"
+    matrix = torch.asarray(real_array(matrix, name), copy=True, requires_grad=False)
+    n = matrix.shape[-1] if matrix.ndim else 0
+    if tuple(matrix.shape) != (n, n) or n not in channels:
+        raise ValueError(f"{name} must be of shape {' or '.join(str((c, c)) for c in sorted(channels))}, got "
+                         f"{tuple(matrix.shape)}")
+    return _check_orthogonal(matrix, name, n).float()
+
+
+def _rotation_figure(names):
+    with new_figure(height=480) as figure:
+        profile, histogram, bars = figure.subplots(1, 3, width_ratios=[1.7, 1, 1.25])
+        moving = {"animated": True, "scalex": False, "scaley": False}
+        profile.set(xlabel="channel", ylabel="|x|", yscale="log", title="largest in each channel")
+        before = profile.plot([], [], color=GREY, lw=1, alpha=0.7)[0]
+        after = profile.plot([], [], ".", ms=4, color=VERMILION, **moving)[0]
+        halves = [axes.plot([], [], color=BLUE, lw=1.8, transform=axes.get_yaxis_transform(), **moving)[0]
+                  for axes in (profile, histogram)]
+        histogram.set(xscale="log", yscale="log", xlabel="number of values", title="all values", yticklabels=[])
+        counts_before = histogram.fill_betweenx([], [], color=GREY, alpha=0.5, lw=0, step="pre")
+        counts = histogram.plot([], [], color=VERMILION, **moving)[0]
+        profile.legend([before, after, halves[0]], ["before", "after", "½ step (least, most)"], loc="upper center",
+                       ncols=3, frameon=False, handlelength=1, columnspacing=0.9, handletextpad=0.5, fontsize=12)
+        bars.set(title="error of the output", xscale="log", xlim=(_LEAST, _MOST), ylim=(len(names) - 0.4, -0.7),
+                 xlabel="of one token:\nmean, ◆ worst")
+        bars.set_xticks([0.1, 1, 10, 100], ["0.1 %", "1", "10", "100"])
+        bars.set_yticks([])
+        width = min(18, 72 / len(names))
+        lines = [bars.plot([], [], color=GREY, lw=width, solid_capstyle="butt", animated=True)[0] for _ in names]
+        worst = bars.plot([], [], "d", ms=9, color=BLACK, animated=True)[0]
+        texts = [bars.text(_LEAST * 1.1, i - 0.36, "", va="center", fontsize=13, animated=True)
+                 for i in range(len(names))]
+    return figure, SimpleNamespace(
+        place=None, names=names, profile=profile, histogram=histogram, before=before, after=after, halves=halves,
+        counts_before=counts_before, counts=counts, lines=lines, worst=worst, texts=texts)
+
+
+def _draw_rotation(artists, before, scales, result):
+    old, scale = before[result.place], scales[result.place]
+    columns = np.arange(old.largest.size) + 0.5
+    if result.place != artists.place:  # a new background
+        artists.place = result.place
+        artists.before.set_data(*_paths([columns, columns], [np.full(columns.size, scale.low), old.largest]))
+        artists.profile.set(xlim=(0, columns.size), ylim=(scale.low, 4 * scale.high))
+        artists.counts_before.remove()
+        artists.counts_before = artists.histogram.fill_betweenx(
+            scale.bins, 0.7, np.append(old.counts, 0).clip(0.7), step="post", color=GREY, alpha=0.5, lw=0)
+        artists.histogram.set(xlim=(0.7, 1.5 * old.x.numel()), ylim=(scale.low, 4 * scale.high), yticklabels=[])
+    artists.after.set_data(columns, result.turned.largest)
+    artists.counts.set_data(result.turned.counts.clip(0.7).repeat(2), scale.bins.repeat(2)[1:-1])
+    for line in artists.halves:
+        line.set_data(*_paths([[0, 0], [1, 1]], [result.half_steps] * 2))
+    shown = {name: error for name, error in result.output_error.items() if error}
+    artists.worst.set_data(np.clip([worst for _, worst in shown.values()], _LEAST, _MOST),
+                           [artists.names.index(name) for name in shown])
+    for i, (name, error) in enumerate(result.output_error.items()):
+        now = name == result.rotate
+        mean = _LEAST if error is None else error[0]
+        label = "does not fit" if error is None else f"{mean:.2g} %" if mean < 99.5 else f"{mean:.0f} %"
+        artists.lines[i].set_data([_LEAST, np.clip(mean, _LEAST, _MOST)], [i, i])
+        artists.lines[i].set_color(VERMILION if now else GREY)
+        artists.texts[i].set(text=f"{name}: {label}", fontweight="bold" if now else "normal")

@@ -1,0 +1,165 @@
+"""Lesson 06: difficulty on its way from the activations to the weights."""
+
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from types import SimpleNamespace
+
+import ipywidgets as widgets
+import numpy as np
+import torch
+
+from qlab.affine import absmax_params, fake_quantize
+from qlab.explorers.activations import _checked, _place_control
+from qlab.explorers.ranges import _bits_slider
+from qlab.live import BLACK, BLUE, GREY, ORANGE, VERMILION, Explorer, new_figure
+from qlab.smoothquant import smoothing_scales
+
+OFF, RIGHT, PRINTED = "off", "X / s, W · s", "X · s, W / s (slides)"
+TENSOR, VECTOR = "tensor", "token, output"
+ALPHAS = np.linspace(0, 1, 21)
+_LEAST, _MOST = 0.1, 200.0  # percent: ends of the axis of the error
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """What `smoothing` shows for one position of its controls."""
+
+    place: tuple
+    alpha: float
+    direction: str
+    x_absmax: np.ndarray  # of each channel, as the quantizer sees it
+    w_absmax: np.ndarray
+    curve: np.ndarray  # error of the output in percent, for each of ALPHAS
+    off: float  # the same without smoothing
+    now: float
+
+
+def smoothing(places=None, bits=8):
+    """Explore how α divides the difficulty between activations and weights, and what it does to their product.
+
+    Left, the largest |X| and the largest |W| of each channel, before (grey) and after. Right, the error of the output
+    Y = X Wᵀ against α, activations and weights both quantized (absmax). Without quantization Y is the same for every α.
+
+    Parameters
+    ----------
+    places : dict of (layer, site) to pair (x, w), optional
+        As `qlab.explorers.outliers`.
+    bits : int, 2 to 8
+        To start with.
+
+    Returns
+    -------
+    Explorer
+        Controls ``place``, ``alpha``, ``direction`` ("off", as in the paper, or as printed on the slides), ``per``
+        (one scale for each matrix, or one for each token of X and each output of W) and ``bits``.
+
+    Raises
+    ------
+    ValueError
+        As `qlab.explorers.outliers`.
+
+    References
+    ----------
+    Xiao et al. 2023, "SmoothQuant", equations 3 and 4, figure 5.
+
+    Examples
+    --------
+    >>> explorer = smoothing()
+    >>> before = explorer.readout["output_error_percent"]
+    >>> explorer.set(direction="X / s, W · s", alpha=0.45)
+    >>> explorer.readout["output_error_percent"] < before / 3
+    True
+    """
+    places = _checked(places)
+    peaks = {place: (x.abs().amax(0), w.abs().amax(0)) for place, (x, w) in places.items()}
+    outputs = {place: x @ w.T for place, (x, w) in places.items()}
+
+    def scales(place, alpha, direction):
+        if direction == OFF:
+            return torch.ones_like(peaks[place][0])
+        s = smoothing_scales(*peaks[place], alpha)
+        return 1 / s if direction == PRINTED else s
+
+    @lru_cache(maxsize=4096)
+    def error(place, alpha, direction, per, bits):
+        x, w = places[place]
+        s = scales(place, alpha, direction)
+        x_hat, w_hat = (fake_quantize(m, absmax_params(m, bits, axis=None if per == TENSOR else 0))
+                        for m in (x / s, w * s))
+        return 100 * float((x_hat @ w_hat.T - outputs[place]).norm() / outputs[place].norm())
+
+    def compute(*, place, alpha, direction, per, bits):
+        s = scales(place, alpha, direction)
+        shown = RIGHT if direction == OFF else direction
+        return Smoothing(
+            place, alpha, direction, (peaks[place][0] / s).numpy(), (peaks[place][1] * s).numpy(),
+            curve=np.array([error(place, float(a), shown, per, bits) for a in ALPHAS]),
+            off=error(place, 0.0, OFF, per, bits), now=error(place, alpha, direction, per, bits),
+        )
+
+    def read(result):
+        return {
+            "output_error_percent": result.now,
+            "off_percent": result.off,
+            "best_alpha": round(float(ALPHAS[result.curve.argmin()]), 2),
+            "largest_x": float(result.x_absmax.max()),
+            "largest_w": float(result.w_absmax.max()),
+        }
+
+    controls = {
+        "place": _place_control(places),
+        "direction": widgets.ToggleButtons(options=[OFF, RIGHT, PRINTED], style={"button_width": "160px"}),
+        "alpha": widgets.FloatSlider(0.5, min=0, max=1, step=0.05, description="α", disabled=True,
+                                     layout={"width": "300px"}),
+        "per": widgets.ToggleButtons(options=[TENSOR, VECTOR], style={"button_width": "110px"}),
+        "bits": _bits_slider(bits),
+    }
+
+    def couple(name, state):
+        return {"alpha": {"disabled": state["direction"] == OFF}} if name == "direction" else {}
+
+    figure, artists = _figure()
+    return Explorer(
+        figure, controls, compute, partial(_draw, artists, peaks), read, couple=couple,
+        title="SmoothQuant on one layer",
+        description="Left, above, the largest activation of each channel, and below, the largest weight that it meets, "
+        "before and after smoothing, on logarithmic axes. Right, the error of the layer's output against alpha, with a "
+        "dot at the present alpha and a dashed line for no smoothing.",
+    )
+
+
+def _figure():
+    with new_figure(height=490) as figure:
+        axes = figure.subplot_mosaic("XE;WE", width_ratios=[1.5, 1])
+        x, w, curve = axes["X"], axes["W"], axes["E"]
+        x.set(title="largest |X| of each channel", yscale="log", xticks=[])
+        w.set(title="largest |W| of each channel", yscale="log", xlabel="channel")
+        before = [panel.plot([], [], color=GREY, lw=1, alpha=0.7, label="before")[0] for panel in (x, w)]
+        after = [panel.plot([], [], color=color, lw=1, animated=True, label="as quantized")[0]
+                 for panel, color in ((x, VERMILION), (w, BLUE))]
+        for panel in (x, w):
+            panel.legend(loc="lower right", ncols=2, fontsize=11, framealpha=0.8)
+        curve.set(title="error of Y = X Wᵀ", xlabel="α  (0: all to X,  1: all to W)", xlim=(-0.03, 1.03),
+                  ylim=(_LEAST, _MOST), yscale="log")
+        curve.set_yticks([0.1, 1, 10, 100], ["0.1 %", "1 %", "10 %", "100 %"])
+        line = curve.plot([], [], color=BLACK, animated=True)[0]
+        off = curve.axhline(1, color=ORANGE, ls="--", animated=True, label="off")
+        curve.legend(loc="upper right")
+        dot = curve.plot([], [], "o", ms=12, color=VERMILION, animated=True)[0]
+    return figure, SimpleNamespace(place=None, panels=(x, w), before=before, after=after, line=line, off=off, dot=dot)
+
+
+def _draw(artists, peaks, result):
+    if result.place != artists.place:  # a new background
+        artists.place = result.place
+        x, w = (peak.numpy() for peak in peaks[result.place])
+        for panel, line, peak, most in zip(artists.panels, artists.before, (x, w), (30 * x, x * w), strict=True):
+            line.set_data(np.arange(peak.size), peak)
+            panel.set(xlim=(0, peak.size),
+                      ylim=(max(peak.min() / 30, peak.max() * 1e-7), 3 * max(most.max(), peak.max())))
+    for line, values in zip(artists.after, (result.x_absmax, result.w_absmax), strict=True):
+        line.set_data(np.arange(values.size), values)
+    artists.line.set_data(ALPHAS, np.clip(result.curve, _LEAST, _MOST))
+    artists.off.set_ydata([np.clip(result.off, _LEAST, _MOST)] * 2)
+    artists.dot.set_data([result.alpha] if result.direction != OFF else [], [np.clip(result.now, _LEAST, _MOST)]
+                         if result.direction != OFF else [])

@@ -1,0 +1,268 @@
+"""SmoothQuant: what is hard to quantize in the activations moves into the weights, channel by channel.
+
+X Wᵀ = (X S⁻¹)(W S)ᵀ for any diagonal S: each channel of the activations is divided by its s, and the column of the
+weights that meets it multiplied. The division disappears into the layer before:
+
+    found = statistics(model, calibration)
+    smoothed = smooth(model, found, alpha=0.8)
+    quantized_model, functions = quantized(smoothed, "O3", statistics(smoothed, calibration))
+    with inserted(quantized_model, functions):
+        perplexity(quantized_model, evaluation)
+"""
+
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from qlab.affine import array_namespace, check_bits, real_array
+from qlab.outliers import dynamic_quantizers, static_quantizers
+from qlab.smollm import SITES, quantize_weights, reweighted
+
+PAIRS = {
+    "attn_in": ("attn_norm", ("q", "k", "v")),
+    "mlp_in": ("mlp_norm", ("gate", "up")),
+    "down_in": ("up", ("down",)),
+}
+"""For each site, the layer whose outputs are divided by s, and those whose columns are multiplied.
+
+The first two are the paper's. The third is an extension: the product silu(gate) · up is linear in up.
+"""
+LEVELS = {"O1": "per token, dynamic", "O2": "per tensor, dynamic", "O3": "per tensor, static"}
+"""How the levels of the paper's table 2 quantize activations; they quantize weights per tensor."""
+_LEAST = 1e-5
+
+
+def smoothing_scales(x_absmax, w_absmax, alpha):
+    """s = a^α / w^(1−α), the numbers that the channels of the activations are divided by.
+
+    α = 1 makes all channels of the activations equally large, α = 0 all columns of the weights. As in the published
+    code, w and s are 1e-5 at least: a channel in which no activation was seen has s = 1e-5, unless α = 0.
+
+    Parameters
+    ----------
+    x_absmax : float array, shape (channels,), ≥ 0
+        a, the largest magnitude in each channel of the activations.
+    w_absmax : float array, shape (channels,), ≥ 0
+        w, the largest magnitude in each column of the weights that meet them.
+    alpha : float, 0 to 1
+        The migration strength α.
+
+    Returns
+    -------
+    float array, shape (channels,)
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ or are not of one axis, a number is negative, NaN or infinite, or ``alpha`` is out of
+        range.
+
+    References
+    ----------
+    Xiao et al. 2023, "SmoothQuant: accurate and efficient post-training quantization for large language models",
+    equation 4.
+
+    Examples
+    --------
+    >>> smoothing_scales(np.array([16.0, 1.0]), np.array([1.0, 4.0]), alpha=0.5)
+    array([4. , 0.5])
+    """
+    x_absmax, w_absmax = real_array(x_absmax, "x_absmax"), real_array(w_absmax, "w_absmax")
+    for name, value in (("x_absmax", x_absmax), ("w_absmax", w_absmax)):
+        if value.ndim != 1 or bool((value < 0).any()):
+            raise ValueError(f"{name} must be of one axis and nowhere less than 0, got shape {tuple(value.shape)} and "
+                             f"a least value of {float(value.min())}")
+    if x_absmax.shape != w_absmax.shape:
+        raise ValueError(f"x_absmax and w_absmax must have the same shape, got {tuple(x_absmax.shape)} and "
+                         f"{tuple(w_absmax.shape)}")
+    alpha = _check_alpha(alpha)
+    xp = array_namespace(x_absmax, w_absmax)
+    return xp.clip(x_absmax**alpha / xp.clip(w_absmax, _LEAST, None) ** (1 - alpha), _LEAST, None)
+
+
+def smooth(model, found, alpha=0.5, *, sites=("attn_in", "mlp_in")):
+    """A copy of the model that computes the same with smoother activations.
+
+    Each s comes from the weights of the model as loaded, whichever sites are smoothed.
+
+    Parameters
+    ----------
+    model : SmolLM
+        As loaded.
+    found : dict of (layer, site) to Statistics
+        From `qlab.outliers.statistics`, on text for calibration.
+    alpha : float, or dict of site to float, 0 to 1
+        As `smoothing_scales`.
+    sites : iterable of str, of ``PAIRS``
+        The paper's two; or "down_in" as well.
+
+    Returns
+    -------
+    SmolLM
+        "smoothed" is added to its ``changes``.
+
+    Raises
+    ------
+    ValueError
+        If the model was changed before, ``alpha`` is out of range or lacks a site, ``found`` lacks a place, or there is
+        no pair for a site.
+
+    References
+    ----------
+    Xiao et al. 2023, section 4 and figure 5.
+    """
+    if model.changes:
+        raise ValueError(f"model must be as loaded, got one that was changed: {', '.join(model.changes)}")
+    weights = dict(model.state_dict())
+    changed = set()
+    for (layer, site), s in _scales(model, found, alpha, sites).items():
+        before, linears = PAIRS[site]
+        names = [f"blocks.{layer}.{name}.weight" for name in (before, *linears)]
+        changed |= set(names)
+        weights[names[0]] = weights[names[0]] / (s if before.endswith("norm") else s[:, None])
+        for name in names[1:]:
+            weights[name] = weights[name] * s
+    return reweighted(model, {name: weights[name] for name in changed}, "smoothed")
+
+
+def smoothed_statistics(model, found, alpha=0.5, *, sites=("attn_in", "mlp_in")):
+    """The `Statistics` of the model that `smooth` makes of the same arguments, without another calibration.
+
+    Smoothing divides what passes a site by s, so the range of each channel is divided by it too.
+
+    Parameters
+    ----------
+    model, found, alpha, sites
+        As `smooth`.
+
+    Returns
+    -------
+    dict of (layer, site) to Statistics
+        All places of ``found``. ``low`` and ``high`` alone change: ``token_absmax`` and ``kurtosis`` stay those of
+        ``found``.
+
+    Raises
+    ------
+    ValueError
+        As `smooth`.
+    """
+    scales = _scales(model, found, alpha, sites)
+    return found | {place: replace(found[place], low=found[place].low / s, high=found[place].high / s)
+                    for place, s in scales.items()}
+
+
+def _scales(model, found, alpha, sites):
+    """s for each (layer, site), from the weights as they are."""
+    sites = list(sites)
+    for site in sites:
+        if site not in PAIRS:
+            raise ValueError(f"sites must be of {', '.join(PAIRS)}, got {site!r}")
+    alphas = alpha if isinstance(alpha, dict) else dict.fromkeys(sites, alpha)
+    scales = {}
+    for site in sites:
+        if site not in alphas:
+            raise ValueError(f"alpha must have a number for {site!r}, got {alphas}")
+        for layer, block in enumerate(model.blocks):
+            if (layer, site) not in found:
+                raise ValueError(f"found must have statistics of each place, got none of {(layer, site)!r}")
+            columns = torch.cat([getattr(block, name).weight for name in PAIRS[site][1]])
+            scales[layer, site] = smoothing_scales(found[layer, site].absmax, columns.abs().amax(0), alphas[site])
+    return scales
+
+
+def quantized(model, level, found=None, bits=8, *, per_channel=False, sites=SITES):
+    """Quantize weights, and say how to quantize activations: the levels O1, O2 and O3 of the paper.
+
+    The paper also quantizes the two products inside the attention; here they stay in float, as embedding and head do.
+
+    Parameters
+    ----------
+    model : SmolLM
+        Smoothed or not.
+    level : {"O1", "O2", "O3"}
+        As ``LEVELS``.
+    found : dict of (layer, site) to Statistics
+        For O3, of this very model: smoothing changes the ranges.
+    bits : int, 2 to 16
+        Of weights and activations.
+    per_channel : bool
+        One scale for each row of the weights, where the paper has one for each matrix. Rows of ``up`` that "down_in"
+        has divided by a small s would else set the scale of all others.
+    sites : iterable of str, of `qlab.smollm.SITES`
+        Where activations, and the weights that they meet, are quantized.
+
+    Returns
+    -------
+    model : SmolLM
+        A copy with quantized weights.
+    functions : dict of (layer, site) to function
+        For `qlab.smollm.inserted`.
+
+    Raises
+    ------
+    ValueError
+        If there is no such level, ``found`` is missing or lacks a place, or ``bits`` is out of range.
+
+    References
+    ----------
+    Xiao et al. 2023, table 2.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")
+    if level == "O3" and found is None:
+        raise ValueError("found must be the statistics of the model for level O3, got None")
+    check_bits(bits)
+    sites = list(sites)
+    places = [(layer, site) for layer in range(len(model.blocks)) for site in sites]
+    if level == "O3":
+        functions = static_quantizers(found, bits, places=places)
+    else:
+        functions = dynamic_quantizers("token" if level == "O1" else "tensor", bits, places=places)
+    model = quantize_weights(model, bits, per_channel=per_channel, sites=sites, layers=range(len(model.blocks)))
+    return model, functions
+
+
+def torch_dynamic_int8(model, *, per_channel=False, skip=()):
+    """A copy of the model that runs on torch's own dynamic int8 kernels; embedding and head stay in float.
+
+    Activations have one range for all tokens at hand, and 7 bits, so that sums of two products fit the 16 bits that
+    some kernels add them in.
+
+    Parameters
+    ----------
+    model : SmolLM
+    per_channel : bool
+        One scale for each row of the weights. False is what torch does without being asked.
+    skip : iterable of str
+        Layers that stay in float, such as "down".
+
+    Returns
+    -------
+    SmolLM
+        "int8 kernels" is added to its ``changes``. It cannot be changed any further.
+
+    Raises
+    ------
+    ValueError
+        If there is no such layer.
+    """
+    from torch.ao import quantization  # noqa: PLC0415 - takes a second
+
+    names = [name for name, module in model.blocks[0].named_children() if isinstance(module, torch.nn.Linear)]
+    skip = set(skip)
+    if skip - set(names):
+        raise ValueError(f"skip must be of {', '.join(names)}, got {', '.join(sorted(skip))}")
+    config = quantization.per_channel_dynamic_qconfig if per_channel else quantization.default_dynamic_qconfig
+    layers = {f"blocks.{i}.{name}": config for i in range(len(model.blocks)) for name in names if name not in skip}
+    copy = reweighted(model, {}, "int8 kernels")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated in favour of torchao, which is another package
+        return quantization.quantize_dynamic(copy, layers, torch.qint8, inplace=True)
+
+
+def _check_alpha(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float, np.number)) or not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be a number from 0 to 1, got {alpha!r}")
+    return float(alpha)
