@@ -14,7 +14,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _MODULES = (
     "affine", "calibration", "digits", "exercises", "explorers", "floats", "integer", "live", "outliers", "ptq", "qat",
-    "qat_study", "samples", "smollm", "smoothquant", "spinquant", "training",
+    "qat_study", "samples", "smollm", "smoothquant", "spinquant",
+    "spinquant_study", "training",
 )
 
 

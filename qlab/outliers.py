@@ -418,7 +418,7 @@ def static_quantizers(found, bits=8, *, per_channel=False, places=None):
     for place in found if places is None else places:
         if place not in found:
             raise ValueError(f"found must have statistics of each place, got none of {place!r}")
-        low, high = found[place].low.clamp(max=0), found[place].high.clamp(min=0)
+        low, high = found[place].low, found[place].high
         ends = torch.stack([low, high]) if per_channel else torch.stack([low.min(), high.max()])
         functions[place] = _static(zero_point_params(ends, bits, axis=1 if per_channel else None))
     return functions

@@ -107,7 +107,8 @@ def check_decompose(function):
          "Single values were taken out. It is whole channels that stay in float, so that both parts are ordinary "
          "products of smaller matrices."),
     ]
-    x, w = np.array([[0.3, 9.0, -1.0, 0.2], [-0.5, 0.4, 0.9, -8.0]]), np.array([[0.5, 0.2, -0.7, 0.1], [2.0, 1, -3, 4]])
+    x = np.array([[0.3, 9.0, -1.0, -7.0], [-0.5, 0.4, 0.9, -8.0]])
+    w = np.array([[0.5, 0.2, -0.7, 0.1], [2.0, 1, -3, 4]])
     real_x, real_w = (matrix.astype(np.float64) for matrix in samples.products()[12, "attn_in"])
     real_w = real_w[:4]
     cases = [Case(f"x = {x.tolist()}, w = {w.tolist()}, threshold = 6", (x, w, 6.0), right(x, w, 6.0)),

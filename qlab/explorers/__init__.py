@@ -13,10 +13,12 @@ _LAZY = dict.fromkeys(("digits_ptq", "qat", "training_run", "watch"), "qlab.expl
 _LAZY |= dict.fromkeys(("landscape", "outliers"), "qlab.explorers.activations")
 _LAZY["smoothing"] = "qlab.explorers.smoothquant"
 _LAZY |= dict.fromkeys(("rotation", "rotation_2d"), "qlab.explorers.rotations")
+_LAZY["watch_rotation"] = "qlab.explorers.learning"
 
 __all__ = [
     "clipping", "digits_ptq", "drift", "float_bits", "granularity", "landscape", "mapping", "outliers", "qat",
     "rotation", "rotation_2d", "smoothing", "training_run", "watch",
+    "watch_rotation",
 ]
 
 

@@ -577,12 +577,17 @@ class watch(Iterator, AsyncIterator):
         self._button.on_click(lambda _: self.stop())
         progress = widgets.IntProgress(0, min=0, max=self._total, description="step",
                                        style={"description_width": "36px"}, layout={"width": "600px"})
+        self.explorer = self._new_explorer(
+            {"step": progress}, arrange=lambda controls, chips: widgets.HBox([self._button, progress]))
+
+    def _new_explorer(self, controls, arrange):
         figure, artists = _run_figure(list(self.history[0].get("ranges", {})), 0, self._total)
-        self.explorer = Explorer(
-            figure, {"step": progress}, lambda step: Run(_curves(self.history), _latest(self.history, step)),
-            partial(_draw_run, artists), _read_run,
-            arrange=lambda controls, chips: widgets.HBox([self._button, progress]), **_RUN_WORDS,
-        )
+        return Explorer(figure, controls, lambda step: Run(_curves(self.history), _latest(self.history, step)),
+                        partial(_draw_run, artists), _read_run, arrange=arrange, **_RUN_WORDS)
+
+    def _of_step(self, step):
+        """What is recorded of a step."""
+        return {"step": step.step, "loss": step.loss}
 
     def stop(self):
         """End the loop after the present step."""
@@ -596,7 +601,7 @@ class watch(Iterator, AsyncIterator):
         try:
             step = None if self._stopping else next(self._steps, None)
             if step:
-                self._record({"step": step.step, "loss": step.loss})
+                self._record(self._of_step(step))
                 if step.step % self._every == 0:
                     self._show()
                 ended = False
