@@ -384,9 +384,9 @@ def quantize_weights(model, bits=8, *, per_channel=False, sites=SITES, layers=ra
     ValueError
         If ``bits`` is out of range.
     """
-    weights = {}
+    weights, names = {}, [name for site in sites for name in READERS[site]]
     for layer in layers:
-        for name in (name for site in sites for name in READERS[site]):
+        for name in names:
             weight = getattr(model.blocks[layer], name).weight.detach()
             params = absmax_params(weight, bits, axis=0 if per_channel else None)
             weights[f"blocks.{layer}.{name}.weight"] = fake_quantize(weight, params)
@@ -428,7 +428,7 @@ def torch_int8(model, *, per_channel=False, in_float=()):
         quantization = torch.ao.quantization
         config = quantization.per_channel_dynamic_qconfig if per_channel else quantization.default_dynamic_qconfig
         chosen = {f"{layer}.{name}": config
-                  for layer in range(LAYERS) for name in names if name not in in_float}
+                  for layer in range(len(model.blocks)) for name in names if name not in in_float}
         blocks = quantization.quantize_dynamic(model.blocks, chosen)
     copy = reweighted(model, {}, "torch int8")
     copy.blocks = blocks
@@ -438,6 +438,8 @@ def torch_int8(model, *, per_channel=False, in_float=()):
 @contextmanager
 def inserted(model, functions):
     """While the block runs, functions act at some sites of the model; afterwards, what was there before.
+
+    Where two blocks are nested, the inner function replaces the outer one at the same site.
 
     Parameters
     ----------

@@ -10,7 +10,6 @@ weights that meets it multiplied. The division disappears into the layer before:
         perplexity(quantized_model, evaluation)
 """
 
-import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -222,44 +221,6 @@ def quantized(model, level, found=None, bits=8, *, per_channel=False, sites=SITE
         functions = dynamic_quantizers("token" if level == "O1" else "tensor", bits, places=places)
     model = quantize_weights(model, bits, per_channel=per_channel, sites=sites, layers=range(len(model.blocks)))
     return model, functions
-
-
-def torch_dynamic_int8(model, *, per_channel=False, skip=()):
-    """A copy of the model that runs on torch's own dynamic int8 kernels; embedding and head stay in float.
-
-    Activations have one range for all tokens at hand, and 7 bits, so that sums of two products fit the 16 bits that
-    some kernels add them in.
-
-    Parameters
-    ----------
-    model : SmolLM
-    per_channel : bool
-        One scale for each row of the weights. False is what torch does without being asked.
-    skip : iterable of str
-        Layers that stay in float, such as "down".
-
-    Returns
-    -------
-    SmolLM
-        "int8 kernels" is added to its ``changes``. It cannot be changed any further.
-
-    Raises
-    ------
-    ValueError
-        If there is no such layer.
-    """
-    from torch.ao import quantization  # noqa: PLC0415 - takes a second
-
-    names = [name for name, module in model.blocks[0].named_children() if isinstance(module, torch.nn.Linear)]
-    skip = set(skip)
-    if skip - set(names):
-        raise ValueError(f"skip must be of {', '.join(names)}, got {', '.join(sorted(skip))}")
-    config = quantization.per_channel_dynamic_qconfig if per_channel else quantization.default_dynamic_qconfig
-    layers = {f"blocks.{i}.{name}": config for i in range(len(model.blocks)) for name in names if name not in skip}
-    copy = reweighted(model, {}, "int8 kernels")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated in favour of torchao, which is another package
-        return quantization.quantize_dynamic(copy, layers, torch.qint8, inplace=True)
 
 
 def _check_alpha(alpha):

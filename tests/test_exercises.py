@@ -1,5 +1,6 @@
 """The checks of the exercises: right, unanswered, nonsense, and every misconception they claim to know."""
 
+import ast
 import math
 import re
 import struct
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from qlab import affine, calibration, digits, exercises, floats, integer, ptq, qat, samples
+from qlab import affine, calibration, digits, exercises, floats, integer, outliers, ptq, qat, samples
 from qlab.exercises import checking
 
 NOTEBOOKS = sorted(Path(__file__).parent.parent.joinpath("notebooks").glob("*.ipynb"))
@@ -122,6 +123,29 @@ def multiplier(m, *, power=31, whole=round):
 def safe_multiplier(m):
     m0, shift = multiplier(m)
     return (m0, shift) if m0 < 2**31 else (m0 >> 1, shift - 1)
+
+
+def token_scales(x, bits, *, steps=None, largest=lambda x: abs(x).max(1)):
+    return largest(x) / (steps or 2 ** (bits - 1) - 1)
+
+
+def has_outlier(x, threshold):
+    return (abs(x) >= threshold).any(0)
+
+
+def decomposed(x, w, threshold, *, large=has_outlier, scales=lambda x, w: (token_scales(x, 8), token_scales(w, 8)),
+               ranges=lambda m, small: m[:, small], parts=(1, 1)):
+    """x wᵀ in two parts, with one thing wrong."""
+    outliers = large(x, threshold)
+    small = ~outliers
+    s_x, s_w = scales(ranges(x, small), ranges(w, small))
+    q_x, q_w = np.rint(x[:, small].T / s_x).T, np.rint(w[:, small].T / s_w).T
+    return parts[0] * (x[:, outliers] @ w[:, outliers].T) + parts[1] * np.outer(s_x, s_w) * (q_x @ q_w.T)
+
+
+def decomposed_value_by_value(x, w, threshold):
+    large = abs(x) >= threshold
+    return np.where(large, x, 0) @ w.T + decomposed(np.where(large, 0, x), w, threshold)
 
 
 MISTAKES = [
@@ -274,9 +298,29 @@ MISTAKES = [
      "not 1 · 2^−2"),
     ("multiplier", partial(multiplier, whole=int), "cut off"),
     ("multiplier", multiplier, "m is so close to 1"),
+    ("token_scales", partial(token_scales, largest=lambda x: abs(x).max(0)), "one scale for each channel"),
+    ("token_scales", partial(token_scales, largest=lambda x: abs(x).max()), "one scale for the whole tensor"),
+    ("token_scales", lambda x, bits: max(token_scales(x, bits)), "one scale for the whole tensor"),
+    ("token_scales", partial(token_scales, largest=lambda x: abs(x).max(1, keepdims=True)), "leave keepdims out"),
+    ("token_scales", partial(token_scales, largest=lambda x: x.max(1)), "absolute value is missing"),
+    ("token_scales", lambda x, bits: token_scales(x, bits, steps=2 ** (bits - 1)), "127 for 8 bits"),
+    ("token_scales", lambda x, bits: token_scales(x, bits, steps=2**bits - 1), "only half of the 2^bits codes"),
+    ("token_scales", lambda x, bits: token_scales(x, bits, steps=2**bits - 1, largest=partial(np.ptp, axis=1)),
+     "scale of the zero-point scheme"),
+    ("token_scales", lambda x, bits: 1 / token_scales(x, bits), "This is 1 / s"),
+    ("decompose", lambda x, w, threshold: x @ w.T, "product in float"),
+    ("decompose", partial(decomposed, large=lambda x, threshold: has_outlier(x, 1e9)), "the outliers too"),
+    ("decompose", partial(decomposed, parts=(0, 1)), "outlier channels are lost"),
+    ("decompose", partial(decomposed, parts=(1, 0)), "the float part alone"),
+    ("decompose", partial(decomposed, ranges=lambda m, small: m), "taken from all channels"),
+    ("decompose", partial(decomposed, scales=lambda x, w: (token_scales(x, 8), np.full(len(w), abs(w).max() / 127))),
+     "Each output, a row of w, has its own"),
+    ("decompose", partial(decomposed, large=lambda x, threshold: (abs(x) >= threshold).all(0)), "use any()"),
+    ("decompose", partial(decomposed, large=lambda x, threshold: (x >= threshold).any(0)), "absolute value is missing"),
+    ("decompose", decomposed_value_by_value, "Single values were taken out"),
 ]
 CHECKS = ["decode", "encode", "spacing", "absmax", "zero_point", "quantize", "clipping_error", "percentile_range",
-          "best_range", "fold_batch_norm", "straight_through", "multiplier"]
+          "best_range", "fold_batch_norm", "straight_through", "multiplier", "token_scales", "decompose"]
 
 
 def as_word(sign, exponent, mantissa):
@@ -371,6 +415,39 @@ def by_what_it_does(weight, bias, gamma, beta, mean, variance, eps):  # noqa: PL
     return np.stack(ones, axis=1).reshape(weight.shape), at_0
 
 
+def decomposed_by(dtype, quantized):
+    """In one floating-point type; ``quantized`` maps rows and their largest magnitudes to codes."""
+    def function(x, w, threshold):
+        x, w = x.astype(dtype), w.astype(dtype)
+        large = has_outlier(x, threshold)
+        most_x, most_w = (abs(m[:, ~large]).max(1, keepdims=True) for m in (x, w))
+        sums = quantized(x[:, ~large], most_x) @ quantized(w[:, ~large], most_w).T
+        return sums * (most_x / dtype(127)) * (most_w / dtype(127)).T + x[:, large] @ w[:, large].T
+
+    return function
+
+
+def decomposed_loops(x, w, threshold):
+    large = [any(abs(v) >= threshold for v in column) for column in zip(*x, strict=True)]
+    y = []
+    for a in x.tolist():
+        y.append([])
+        for b in w.tolist():
+            inside = [(p, q) for p, q, out in zip(a, b, large, strict=True) if not out]
+            s, t = (max(abs(v) for v in side) / 127 for side in zip(*inside, strict=True))
+            whole = sum(round(p / s) * round(q / t) for p, q in inside)
+            y[-1].append(s * t * whole + sum(p * q for p, q, out in zip(a, b, large, strict=True) if out))
+    return y
+
+
+def decomposed_in_int32(x, w, threshold):
+    x, w = torch.tensor(x), torch.tensor(w)
+    large = (x.abs() >= threshold).any(0)
+    s_x, s_w = (m[:, ~large].abs().amax(1, keepdim=True) / 127 for m in (x, w))
+    q_x, q_w = ((m[:, ~large] / s).round().to(torch.int8).to(torch.int32) for m, s in ((x, s_x), (w, s_w)))
+    return x[:, large] @ w[:, large].T + (q_x @ q_w.T) * (s_x @ s_w.T)
+
+
 RIGHT = [
     ("decode", value),
     ("decode", in_float32),
@@ -424,6 +501,20 @@ RIGHT = [
     ("multiplier", lambda m: np.array(integer.quantize_multiplier(m), np.float64)),
     ("multiplier", lambda m: max((Fraction(1, 2) <= Fraction(round(Fraction(m) * 2 ** (31 + n)), 2**31) < 1,
                                   round(Fraction(m) * 2 ** (31 + n)), n) for n in range(-31, 9))[1:]),
+    ("token_scales", token_scales),
+    ("token_scales", lambda x, bits: [max(map(abs, row)) / (2 ** (bits - 1) - 1) for row in x.tolist()]),
+    ("token_scales", lambda x, bits: np.maximum(x.max(1), -x.min(1)).astype(np.float32) / (2 ** (bits - 1) - 1)),
+    ("token_scales", lambda x, bits: torch.tensor(x).abs().amax(1) / (2 ** (bits - 1) - 1)),
+    ("token_scales", lambda x, bits: affine.absmax_params(x, bits, axis=0).scale),
+    ("decompose", decomposed),
+    ("decompose", decomposed_loops),
+    ("decompose", decomposed_in_int32),
+    *[("decompose", decomposed_by(dtype, quantized)) for dtype in (np.float32, np.float64) for quantized in (
+        lambda m, most: np.rint(m * (127 / most)), lambda m, most: np.rint(127 * m / most),
+        lambda m, most: np.rint(m / (most / 127)))],
+    ("decompose", lambda x, w, threshold: outliers.decompose(torch.tensor(x), torch.tensor(w), threshold).product),
+    ("decompose", lambda *given: outliers.decompose(*(torch.as_tensor(a).float() for a in given)).product),
+    ("decompose", lambda x, w, threshold: decomposed(x, w, threshold, large=lambda x, t: abs(x).max(0) > t)),
 ]
 
 
@@ -449,7 +540,8 @@ def claimed():
     """(check, wrong idea, hint) of all checks that keep a list of misconceptions."""
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        for module in (exercises.floats, exercises.affine, exercises.calibration, exercises.networks):
+        for module in (exercises.floats, exercises.affine, exercises.calibration, exercises.networks,
+                       exercises.activations):
             patch.setattr(module, "check", lambda _, cases, misconceptions, *rest, **options: misconceptions)
         for name in CHECKS:
             if name != "best_range":
@@ -539,6 +631,9 @@ def test_the_tiny_case_is_printed_and_survives_a_function_that_writes_to_it():
     ("straight_through", "For x̂ where x = [-3.0, -0.75, -0.25, 0.2, 0.25, 0.75, 1.2, 9.0], s = 0.5, qmin = -4, "
                          "qmax = 3: expected [-2, -1, 0, 0, 0, 1, 1, 1.5], "),
     ("multiplier", "For m = 0.25: expected (1073741824, 1), "),
+    ("token_scales", "For x = [[0.5, -14.0, 2.0], [1.0, 0.7, -0.35]], bits = 4: expected [2, 0.142857], "),
+    ("decompose", "For x = [[0.3, 9.0, -1.0, -7.0], [-0.5, 0.4, 0.9, -8.0]], w = [[0.5, 0.2, -0.7, 0.1], [2.0, 1.0, "
+                  "-3.0, 4.0]], threshold = 6: expected [1.95008, -15.3992, -1.60237, -35.3103], "),
 ])
 def test_the_first_case_is_tiny_and_tells_what_came(name, said):
     assert check(name, lambda *_: (7, 7.5)).text.split("\n")[0] == said + "your function gave (7, 7.5)."
@@ -574,6 +669,11 @@ def test_what_is_asked():
     folded = asked("fold_batch_norm", fold)
     assert [np.shape(weight) for weight, *_ in folded] == [(2, 2, 1, 1), (2, 1, 2, 2)]
     assert [eps for *_, eps in folded] == [1, 1e-5]
+    assert [(np.shape(x), bits) for x, bits in asked("token_scales", token_scales)] == [((2, 3), 4), ((64, 576), 8)]
+    for x, w, threshold in asked("decompose", decomposed):
+        outlying = has_outlier(np.array(x), threshold)
+        assert np.shape(w)[1] == len(outlying) == {2: 4, 64: 576}[len(x)]
+        assert 0 < sum(outlying) < 0.5 * len(outlying) or len(x) == 2
     factors = [m for (m,) in asked("multiplier", safe_multiplier)]
     assert [multiplier(m)[1] for m in factors] == [1, 1, 7, 0, -1, -6, 0]
     assert [round(m * 2 ** (31 + multiplier(m)[1])) == 2**31 for m in factors] == [False] * 6 + [True]
@@ -682,6 +782,15 @@ def test_of_a_long_array_the_first_difference_is_told():
         f"your function gave {codes[1000] + 1:.0f}.")
 
 
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, np.float32], ids=["numpy", "torch", "float32"])
+def test_other_shapes_are_wrong(kind):
+    for name, right in (("token_scales", token_scales), ("decompose", decomposed)):
+        answers = [lambda y: y.T[..., None], lambda y: y[None], lambda y: y[1:], lambda y: y.sum()]
+        assert check(name, lambda *given, right=right: kind(right(*given))).passed
+        for answer in answers:
+            assert check(name, lambda *given, right=right, answer=answer: kind(answer(right(*given)))).passed is False
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_real_data_has_no_near_ties(dtype):
     weights, activations = samples.load("weights")[:64].astype(dtype), samples.load("activations").astype(dtype)
@@ -721,7 +830,8 @@ def test_the_folded_solution_passes(before, text, check_name, function):
     names = {}
     for cell in before:
         if cell.cell_type == "code" and cell.source.startswith("import"):
-            exec(cell.source, names)
+            imports = [line for line in ast.parse(cell.source).body if isinstance(line, (ast.Import, ast.ImportFrom))]
+            exec(compile(ast.Module(imports, []), "<imports>", "exec"), names)
     exec(solution[1], names)
     assert getattr(exercises, check_name)(names[function]).passed
 

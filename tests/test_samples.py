@@ -1,6 +1,7 @@
 """The samples: what they are, where they come from, and that the networks among them do what they were trained for."""
 
 import io
+import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -18,6 +19,13 @@ ARRAYS = {
     "digit_images": ((360, 64), np.float32),
     "digit_labels": ((360,), np.int64),
     "calibration_digits": ((360, 64), np.float32),
+}
+
+PRODUCTS = {  # place: the matrix that reads it, shapes of x and w
+    (12, "attn_in"): ("q", (64, 576), (192, 576)),
+    (11, "down_in"): ("down", (64, 1536), (64, 1536)),
+    (29, "mlp_in"): ("gate", (64, 576), (192, 576)),
+    (12, "o_in"): ("o", (64, 576), (192, 576)),
 }
 
 
@@ -114,7 +122,7 @@ def test_a_missing_file_is_refused():
         samples.path("no.npz")
 
 
-@pytest.mark.parametrize("call", ["load('digit_images')", "load('digit_labels')", "mlp('relu')"])
+@pytest.mark.parametrize("call", ["load('digit_images')", "load('digit_labels')", "mlp('relu')", "products()"])
 def test_loading_needs_neither_torch_nor_scikit_learn(call):
     loaded = loaded_by(f"from qlab import samples; samples.{call}")
     assert "numpy" in loaded
@@ -123,6 +131,61 @@ def test_loading_needs_neither_torch_nor_scikit_learn(call):
 
 def test_the_digits_are_a_small_file():
     assert Path(samples.path("digits.npz")).stat().st_size <= 250_000
+
+
+def test_products_have_their_shapes_and_dtype():
+    found = samples.products()
+    assert list(found) == list(PRODUCTS)
+    for place, (x, w) in found.items():
+        assert (x.shape, w.shape) == PRODUCTS[place][1:]
+        for array in (x, w):
+            assert array.dtype == np.float32
+            assert np.isfinite(array).all()
+            assert (array == array.astype(np.float16)).all()
+            assert array.flags.writeable
+    found[12, "o_in"][0][:] = 0
+    assert samples.products()[12, "o_in"][0].any()
+
+
+def test_products_hold_an_outlier_channel_and_massive_activations():
+    def largest(place):
+        x = samples.products()[place][0]
+        return [int(i) for i in np.unravel_index(np.abs(x).argmax(), x.shape)]
+
+    x, _ = samples.products()[12, "attn_in"]
+    typical = np.median(np.abs(x), axis=0)
+    assert typical.argmax() == largest((12, "attn_in"))[1] == 247
+    assert typical[247] > 20 * np.median(typical)
+    x, _ = samples.products()[11, "down_in"]
+    assert largest((11, "down_in")) == [0, 1229]  # position 0 included
+    assert np.argwhere(np.abs(x) > 100)[:, 0].tolist() == [0] * (np.abs(x[0]) > 100).sum()
+
+
+def test_the_outliers_are_small_files():
+    sizes = [Path(samples.path(f"outliers_{layer}_{site}.npz")).stat().st_size for layer, site in PRODUCTS]
+    assert sum(sizes) <= 1_200_000
+
+
+def test_products_are_those_of_the_real_model(monkeypatch, tmp_path):
+    torch, extract = pytest.importorskip("torch"), pytest.importorskip("qlab.samples.extract")
+    monkeypatch.setattr(extract, "FOLDER", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["extract"])
+    loaded, load, threads = [], extract.smollm.load, torch.get_num_threads()
+    monkeypatch.setattr(extract.smollm, "load", lambda: loaded.append(load(progress=False)) or loaded[0])
+    try:
+        with redirect_stdout(io.StringIO()) as printed:
+            extract.main()
+    finally:
+        torch.set_num_threads(threads)
+    assert {file.name for file in tmp_path.iterdir()} == {f"outliers_{layer}_{site}.npz" for layer, site in PRODUCTS}
+    assert printed.getvalue().count("sha256") == len(PRODUCTS)
+    for (layer, site), (x, w) in samples.products().items():
+        matrix = getattr(loaded[0].blocks[layer], PRODUCTS[layer, site][0]).weight
+        np.testing.assert_array_equal(w, matrix[:len(w)].numpy().astype(np.float16))
+        if sys.version_info[:2] == (3, 11):  # the text changes with Python's version
+            with np.load(tmp_path / f"outliers_{layer}_{site}.npz") as made:
+                np.testing.assert_allclose(made["x"], x, rtol=2e-3, atol=1e-3)
+                np.testing.assert_array_equal(made["w"], w)
 
 
 def test_the_script_writes_the_same_bytes_again(monkeypatch, tmp_path):

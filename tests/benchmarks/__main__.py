@@ -3,7 +3,7 @@
 import statistics
 import warnings
 
-from tests.benchmarks import encode, footprint, language_model, search, slider
+from tests.benchmarks import encode, footprint, hadamard, language_model, search, slider
 
 
 def main():
@@ -20,6 +20,8 @@ def main():
     print(*search.table(search.measure(10**power) for power in (5, 6, 7)), sep="\n")
     print(f"\nEncoding {encode.SIZE:,} float32 values")
     print(*encode.table(encode.measure()), sep="\n")
+    print("\nFast Hadamard transform against the matrix product, one thread")
+    print(*hadamard.table(hadamard.measure()), sep="\n")
     print("\nLanguage model")
     print(*language_model.table(), sep="\n")
     print("\nFootprint")

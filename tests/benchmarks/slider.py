@@ -20,7 +20,7 @@ import bqplot, ipywidgets as widgets, matplotlib.pyplot as plt, numpy as np
 from qlab.affine import dequantize, fake_quantize, mse, range_params
 from qlab.calibration import ErrorProfile
 from qlab import samples
-from qlab.explorers import clipping, float_bits, granularity, mapping
+from qlab.explorers import clipping, float_bits, granularity, mapping, outliers
 %config InlineBackend.figure_format = "png"
 x = np.random.default_rng(0).standard_t(5, SIZE).astype(np.float32).clip(-12, 12)
 profile = ErrorProfile(x)
@@ -97,7 +97,7 @@ widgets.VBox([mover, top, bottom, number])
 PATHS = {
     "live figure": LIVE, "interact + inline": INTERACT, "bqplot": BQPLOT,
     "mapping": "mapping(x, bits=5)", "granularity": "granularity(samples.load('weights'), bits=5)",
-    "float_bits": "float_bits()",
+    "float_bits": "float_bits()", "outliers": "outliers(bits=5)",
 }
 CONTROLS = {  # what is pressed, where it is not the first slider: selector, which one, keys in turn
     "live figure": (".noUi-handle", 1, ("ArrowLeft", "ArrowRight")),  # β

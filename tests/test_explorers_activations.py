@@ -1,0 +1,481 @@
+"""The live figures of lesson 05: each control over its whole range, and what they show against NumPy alone."""
+
+import html
+import itertools
+from functools import lru_cache
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_rgba
+from mpl_toolkits.mplot3d import Axes3D
+from torch import nn
+
+from qlab import samples
+from qlab.explorers import activations, landscape, outliers
+from qlab.explorers.activations import CLIP, FLOAT, KEEP, THRESHOLDS, ZERO
+from qlab.live import GREY, VERMILION
+from qlab.outliers import GRANULARITIES
+from tests.test_explorers import assert_sound, message, sweep
+
+PRODUCTS = samples.products()
+PLACES = list(PRODUCTS)
+TREATMENTS = (KEEP, CLIP, ZERO, FLOAT)
+MAKERS = {"outliers": outliers, "landscape": landscape}
+START = {
+    "outliers": {"place": PLACES[0], "granularity": "tensor", "bits": 8, "treatment": KEEP, "threshold": 6},
+    "landscape": {"place": PLACES[0]},
+}
+SETTINGS = [
+    ("outliers", {}), ("landscape", {}),
+    ("outliers", {"place": (11, "down_in"), "granularity": "group", "bits": 4, "treatment": FLOAT, "threshold": 3}),
+    ("outliers", {"place": (29, "mlp_in"), "granularity": "channel", "bits": 3, "treatment": CLIP, "threshold": 2}),
+]
+CONTROLS = [(name, setting, control) for name, setting in SETTINGS for control in START[name]
+            if control != "threshold" or setting]
+WHITE, ORANGE = [255, 255, 255, 255], [230, 159, 0, 255]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@lru_cache
+def shared(name):
+    return MAKERS[name]()
+
+
+def put(name, setting):
+    explorer = shared(name)
+    explorer.set(**START[name] | setting)
+    return explorer
+
+
+def reach(explorer, control):
+    """The values that a hand can give to a control."""
+    return PLACES if control == "place" else sweep(explorer.controls[control])
+
+
+def pairwise(**options):
+    """Settings in which each value of each option meets each value of each other option; few, but not the fewest."""
+    random = np.random.default_rng(0)
+    names = list(options)
+    unseen = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in options[a] for y in options[b]}
+    while unseen:
+        wanted = dict(min(unseen, key=repr))
+        tries = [{name: wanted.get(name, values[random.integers(len(values))]) for name, values in options.items()}
+                 for _ in range(20)]
+        best = max(tries, key=lambda row: len(unseen & set(itertools.combinations(row.items(), 2))))
+        unseen -= set(itertools.combinations(best.items(), 2))
+        yield best
+
+
+ALL_PAIRS = list(pairwise(place=PLACES, granularity=GRANULARITIES, bits=range(2, 9), treatment=TREATMENTS,
+                          threshold=THRESHOLDS))
+ALL_PAIRS.sort(key=lambda setting: PLACES.index(setting["place"]))  # a new place draws a new background
+
+
+# NumPy alone
+
+
+def step_of_each_value(x, granularity, bits, group_size=64):
+    """Scale and zero-point of each value, in float32, arrays of the shape of ``x``."""
+    rows = {"tensor": lambda: x.reshape(1, -1), "token": lambda: x, "channel": lambda: x.T,
+            "group": lambda: x.reshape(-1, group_size)}[granularity]()
+    alpha, beta = np.minimum(rows.min(1), 0), np.maximum(rows.max(1), 0)
+    s = np.where(beta > alpha, (beta - alpha) / np.float32(2**bits - 1), np.float32(1))
+    z = (-(2 ** (bits - 1)) - np.rint(alpha / s)).clip(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    s, z = (np.repeat(v[:, None], rows.shape[1], 1) for v in (s, z))
+    return tuple(v.T if granularity == "channel" else v.reshape(x.shape) for v in (s, z))
+
+
+def directly(x, *, granularity, bits, treatment, threshold, group_size=64, **_):
+    """x̂, code q − z and step of each value, what the treatment touches, and what goes to the quantizer."""
+    touched = {KEEP: np.zeros(x.shape, bool), FLOAT: np.broadcast_to((np.abs(x) >= threshold).any(0), x.shape)}.get(
+        treatment, np.abs(x) >= threshold)
+    small = np.where(touched, np.sign(x) * np.float32(threshold) if treatment == CLIP else np.float32(0), x)
+    s, z = step_of_each_value(small, granularity, bits, group_size)
+    code = (np.rint(small / s) + z).clip(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) - z
+    x_hat = np.where(touched, x, s * code) if treatment == FLOAT else s * code
+    return x_hat, code, s, touched, small
+
+
+def output_errors(x, w, x_hat):
+    """In percent, of each token that has an output."""
+    y, y_hat = ((torch.tensor(a).double() @ torch.tensor(w).double().T).numpy() for a in (x, x_hat))  # in one thread
+    size, wrong = (np.sqrt((a**2).sum(1)) for a in (y, y_hat - y))
+    return 100 * wrong[size > 0] / size[size > 0]
+
+
+def axes_of(explorer):
+    """The heat map, the magnitudes and the bars."""
+    axes = explorer.figure.axes
+    return [next(a for a in axes if words in (a.get_ylabel(), a.get_title()))
+            for words in ("token", "|x|", "error of the output")]
+
+
+def assert_reads_and_shows(explorer, x, w, group_size=64):
+    setting = {name: control.value for name, control in explorer.controls.items()}
+    granularity, treatment = setting["granularity"], setting["treatment"]
+    x_hat, code, s, touched, small = directly(x, **setting, group_size=group_size)
+    errors = {each: output_errors(x, w, directly(x, **setting | {"granularity": each}, group_size=group_size)[0])
+              for each in GRANULARITIES}
+    noise = np.sum((x.astype(np.float64) - x_hat) ** 2)
+    ordinary = (x != 0) & ~touched
+    readout = dict(explorer.readout)
+    assert readout.pop("integer_product").split()[0] == {"channel": "no:", "group": "in"}.get(granularity, "yes")
+    assert readout == pytest.approx({
+        "output_error_percent": errors[granularity].mean(), "worst_token_percent": errors[granularity].max(),
+        "sqnr_db": 10 * np.log10(np.sum(x.astype(np.float64) ** 2) / noise) if noise else np.inf,
+        "others_to_zero_percent": 100 * np.mean(code[ordinary] == 0) if ordinary.any() else 0,
+        "treated_percent": 100 * touched.mean(),
+    }, rel=1e-3, abs=1e-4)
+
+    heat, profile, bars = axes_of(explorer)
+    in_float = touched[0] if treatment == FLOAT else np.zeros(x.shape[1], bool)
+    pool = -(-x.shape[1] // 800)
+    colors = np.asarray(heat.images[0].get_array())
+    columns = [slice(start, start + pool) for start in range(0, x.shape[1], pool)]
+    assert colors.shape == (len(x), len(columns), 4)
+    orange = np.array([in_float[column].any() for column in columns])
+    white = np.stack([(code[:, column] == 0).all(1) for column in columns], axis=1) & ~orange
+    np.testing.assert_array_equal((colors == ORANGE).all(2), np.broadcast_to(orange, white.shape))
+    np.testing.assert_array_equal((colors == WHITE).all(2), white)
+    largest = np.stack([np.abs(code[:, column]).max(1) for column in columns], axis=1)
+    order = np.argsort(largest, axis=None)
+    darkness = -colors[..., :3].astype(int).sum(2).ravel()[order]
+    rising = darkness[~np.broadcast_to(orange, white.shape).ravel()[order]]
+    assert (np.diff(rising) >= -3).all()  # viridis is rounded to bytes
+    assert heat.images[0].get_extent() == [0, x.shape[1], len(x), 0]
+
+    least, most = [line for line in profile.lines if line.get_animated()][:2]
+    empty = ~small.any(0)
+    for line, ends in ((least, s.min(0)), (most, s.max(0))):
+        np.testing.assert_allclose(line.get_ydata()[::2], np.where(empty, np.nan, ends / 2), rtol=1e-6)
+        np.testing.assert_array_equal(line.get_ydata()[::2], line.get_ydata()[1::2])
+        np.testing.assert_array_equal(line.get_xdata(), np.arange(x.shape[1] + 1).repeat(2)[1:-1])
+    at = [line for line in profile.lines if line.get_animated()][2]
+    assert at.get_visible() == (treatment != KEEP)
+    if treatment != KEEP:
+        assert list(at.get_ydata()) == [setting["threshold"]] * 2
+    peaks, typical = [line for line in profile.lines if not line.get_animated()]
+    np.testing.assert_array_equal(peaks.get_ydata()[1::3], np.abs(x).max(0))
+    np.testing.assert_allclose(typical.get_ydata(), np.median(np.abs(x), axis=0), rtol=1e-6)
+    low, high = profile.get_ylim()
+    assert 0 < low < np.abs(x).max() < high
+
+    *lines, worst = bars.lines
+    assert [label.get_text() for label in bars.get_yticklabels()] == list(GRANULARITIES)
+    for line, text, (each, of_tokens) in zip(lines, bars.texts, errors.items(), strict=True):
+        start, end = line.get_xdata()
+        assert (start, end) == pytest.approx((0.03, np.clip(of_tokens.mean(), 0.03, 300)), rel=1e-3)
+        assert to_rgba(line.get_color()) == to_rgba(VERMILION if each == granularity else GREY)
+        assert text.get_fontweight() == ("bold" if each == granularity else "normal")
+        assert float(text.get_text().removesuffix(" %")) == pytest.approx(of_tokens.mean(), rel=0.051, abs=1e-4)
+    np.testing.assert_allclose(worst.get_xdata(), np.clip([e.max() for e in errors.values()], 0.03, 300), rtol=1e-3)
+    assert list(worst.get_ydata()) == [0, 1, 2, 3]
+
+
+# what ships
+
+
+@pytest.mark.parametrize("name, setting, control", CONTROLS)
+def test_a_control_over_its_whole_range(name, setting, control):
+    explorer = put(name, setting)
+    pictures = []
+    for value in reach(explorer, control):
+        explorer.controls[control].value = value
+        assert explorer.controls[control].value == value
+        assert_sound(explorer)
+        assert not explorer.errors
+        pictures.append(explorer.png())
+    assert len(pictures) > 1
+    if control == "threshold":  # far above the largest value it lies outside of the picture
+        largest = np.abs(PRODUCTS[explorer.controls["place"].value][0]).max()
+        pictures = pictures[:np.searchsorted(THRESHOLDS, 3 * largest)]
+    assert len(set(pictures)) == len(pictures)
+
+
+@pytest.mark.parametrize("setting", ALL_PAIRS, ids=lambda setting: " ".join(map(str, setting.values())))
+def test_outliers_reads_and_shows_what_numpy_computes(setting):
+    assert_reads_and_shows(put("outliers", setting), *PRODUCTS[setting["place"]])
+
+
+def test_each_value_meets_each_other():
+    seen = {pair for row in ALL_PAIRS for pair in itertools.combinations(row.items(), 2)}
+    sizes = [4, 4, 7, 4, 21]
+    assert len(seen) == sum(a * b for a, b in itertools.combinations(sizes, 2))
+    assert len(ALL_PAIRS) < 250
+
+
+@pytest.mark.parametrize("name, setting", SETTINGS)
+def test_the_picture_does_not_depend_on_the_way_there(name, setting):
+    travelled = put(name, setting)
+    for label, control in travelled.controls.items():
+        for value in reach(travelled, label)[::3]:
+            control.value = value
+    travelled.set(**START[name] | setting)
+    fresh = MAKERS[name]()
+    fresh.set(**setting)
+    assert travelled.png() == fresh.png()
+    assert travelled.readout == fresh.readout
+    assert not travelled.errors
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_words(name):
+    explorer = MAKERS[name]()
+    assert {label: control.value for label, control in explorer.controls.items()} == START[name]
+    assert explorer.title
+    assert len(explorer.description) > 40
+    assert explorer.description in html.unescape(explorer.widget.children[1].value)
+    assert all(f"{key}: " in repr(explorer) for key in explorer.readout)
+    labels = [label for label, _ in explorer.controls["place"].options]
+    assert labels == ["layer 12, attention input", "layer 11, input of down", "layer 29, MLP input",
+                      "layer 12, input of o"]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_compute_draws_nothing(name):
+    explorer = put(name, {})
+    before = explorer.png()
+    results = [explorer._compute(**START[name] | {"place": place}) for place in PLACES]
+    assert len({repr(explorer._read(result)) for result in results}) == len(PLACES)
+    assert not explorer.figure.stale
+    assert explorer._render() == before
+    explorer._background = None
+    assert explorer._render() == before
+
+
+def test_a_threshold_needs_a_treatment():
+    explorer = put("outliers", {})
+    threshold = explorer.controls["threshold"]
+    assert threshold.disabled
+    for treatment in (CLIP, ZERO, FLOAT):
+        explorer.controls["treatment"].value = treatment
+        assert not threshold.disabled
+        explorer.controls["treatment"].value = KEEP
+        assert threshold.disabled
+    kept = explorer.readout, explorer.png()
+    for value in THRESHOLDS:
+        explorer.set(threshold=value)
+        assert (explorer.readout, explorer.png()) == kept
+
+
+def test_what_outliers_do_and_what_helps():
+    def error(**setting):
+        return put("outliers", setting).readout["output_error_percent"]
+
+    assert error() > 3 * error(granularity="channel")
+    assert error(treatment=FLOAT) < 0.5 * error()
+    massive = {"place": (11, "down_in")}
+    assert put("outliers", massive).readout["others_to_zero_percent"] > 80
+    assert put("outliers", massive | {"granularity": "token"}).readout["others_to_zero_percent"] < 20
+    assert error(**massive, treatment=ZERO, threshold=64) > 1  # of token 0 nothing is left
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_bits_to_start_with(bits):
+    explorer = outliers({PLACES[0]: PRODUCTS[PLACES[0]]}, bits)
+    assert explorer.controls["bits"].value == bits
+    assert explorer.readout == put("outliers", {"bits": bits}).readout
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_landscape_reads_and_shows_the_magnitudes(place, monkeypatch):
+    drawn, plot = [], Axes3D.plot_surface
+    monkeypatch.setattr(Axes3D, "plot_surface", lambda axes, *grid, **more: drawn.append(grid) or plot(
+        axes, *grid, **more))
+    explorer = landscape()
+    explorer.set(place=place)
+    size = np.abs(PRODUCTS[place][0])
+    token, channel = np.unravel_index(size.argmax(), size.shape)
+    median = np.sort(size, axis=None)[(size.size - 1) // 2]
+    assert explorer.readout == pytest.approx({
+        "largest": size.max(), "at_token": token, "at_channel": channel, "median": median,
+        "largest_to_median": size.max() / median})
+    assert_surface(explorer.figure.axes[0], drawn[-1], size)
+
+
+def assert_surface(axes, grid, size):
+    """Every value lies under the surface, and every corner of the surface is a value of its part."""
+    channels, tokens, heights = map(np.asarray, grid)
+    assert (channels == channels[0]).all() and (tokens.T == tokens[:, 0]).all()
+    rows, columns = tokens[:, 0], channels[0]
+    assert (rows[0], rows[-1], columns[0], columns[-1]) == (0, len(size), 0, size.shape[1])
+    assert max(len(rows), len(columns)) <= 201
+    for (i, top), (j, left) in itertools.product(enumerate(rows[:-1]), enumerate(columns[:-1])):
+        assert heights[i, j] == size[top:rows[i + 1], left:columns[j + 1]].max()
+    np.testing.assert_array_equal(heights[-1], heights[-2])
+    np.testing.assert_array_equal(heights[:, -1], heights[:, -2])
+    (surface,) = axes.collections
+    assert len(surface.get_facecolor()) == (len(rows) - 1) * (len(columns) - 1)  # no row and no column is skipped
+    assert (axes.get_xlim(), axes.get_ylim()) == ((0, size.shape[1]), (0, len(size)))
+    assert axes.get_zlim() == pytest.approx((0, 1.05 * size.max()))
+
+
+# places of one's own
+
+
+def own(tokens, channels, outputs=5, seed=0):
+    random = np.random.default_rng(seed)
+    x = random.standard_normal((tokens, channels)) * np.exp(random.standard_normal(channels))
+    return x.astype(np.float32), random.standard_normal((outputs, channels)).astype(np.float32)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("tokens, channels, outputs", [
+    (7, 100, 5), (1, 64, 3), (1, 1, 1), (9, 1, 2), (3, 65, 1), (500, 8, 4), (2, 801, 1), (2, 1601, 1), (4, 128, 1),
+])
+def test_other_shapes(tokens, channels, outputs):
+    x, w = own(tokens, channels, outputs)
+    explorer = outliers({(3, "o_in"): (x, w)}, bits=4)
+    for granularity, treatment in itertools.product(GRANULARITIES, TREATMENTS):
+        explorer.set(granularity=granularity, treatment=treatment, threshold=1)
+        assert_reads_and_shows(explorer, x, w, group_size=64 if channels % 64 == 0 else channels)
+    assert not explorer.errors
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("tokens, channels", [(7, 100), (1, 64), (1, 1), (9, 1), (500, 8), (201, 401), (200, 200)])
+def test_landscapes_of_other_shapes(tokens, channels, monkeypatch):
+    drawn, plot = [], Axes3D.plot_surface
+    monkeypatch.setattr(Axes3D, "plot_surface", lambda axes, *grid, **more: drawn.append(grid) or plot(
+        axes, *grid, **more))
+    x, w = own(tokens, channels)
+    x[tokens * 3 // 5, channels // 2] = 1000  # a needle
+    explorer = landscape({(3, "o_in"): (x, w)})
+    assert (explorer.readout["at_token"], explorer.readout["at_channel"]) == (tokens * 3 // 5, channels // 2)
+    assert_surface(explorer.figure.axes[0], drawn[-1], np.abs(x))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_constant_columns_and_tokens_of_zeros(granularity):
+    x, w = own(6, 64)
+    x[:, 3], x[:, 5], x[:, 9], x[2] = 4.5, -0.25, 0, 0
+    explorer = outliers({(0, "attn_in"): (x, w)})
+    for treatment in TREATMENTS:
+        explorer.set(granularity=granularity, treatment=treatment, threshold=4)
+        assert_reads_and_shows(explorer, x, w)
+    constant = np.float32([[1, -2, 0, 0.5]] * 3)
+    explorer = outliers({(0, "attn_in"): (constant, np.eye(4))})
+    explorer.set(granularity="channel")
+    assert explorer.readout["output_error_percent"] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_everything_is_treated(granularity):
+    x, w = own(6, 128)
+    x += 10 * np.sign(x)
+    explorer = outliers({(0, "attn_in"): (x, w)})
+    explorer.set(granularity=granularity, treatment=ZERO, threshold=8)
+    assert explorer.readout == pytest.approx({
+        "output_error_percent": 100, "worst_token_percent": 100, "sqnr_db": 0, "others_to_zero_percent": 0,
+        "treated_percent": 100, "integer_product": explorer.readout["integer_product"]})
+    assert_reads_and_shows(explorer, x, w)
+    explorer.set(treatment=FLOAT)
+    assert explorer.readout["output_error_percent"] == 0
+    assert explorer.readout["sqnr_db"] == np.inf
+    assert_reads_and_shows(explorer, x, w)
+    explorer.set(treatment=CLIP)
+    assert_reads_and_shows(explorer, x, w)
+
+
+def read_only(a):
+    a = a.copy()
+    a.flags.writeable = False
+    return a
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("convert", [
+    torch.tensor, lambda a: torch.tensor(a, dtype=torch.float64), lambda a: a.astype(np.float64), np.ndarray.tolist,
+    read_only, lambda a: nn.Parameter(torch.tensor(a)), np.asfortranarray,
+], ids=["torch", "torch float64", "float64", "list", "read-only", "parameter", "columns first"])
+@pytest.mark.parametrize("name", MAKERS)
+def test_other_kinds_of_arrays(name, convert):
+    x, w = own(6, 100)
+    expected = MAKERS[name]({(0, "attn_in"): (x, w)})
+    explorer = MAKERS[name]({(0, "attn_in"): (convert(x), convert(w))})
+    for key, value in expected.readout.items():  # sums in the order of memory
+        assert explorer.readout[key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-4))
+    assert convert is np.asfortranarray or explorer.png() == expected.png()
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_data_is_left_alone_and_may_change_later(kind):
+    x, w = map(kind, own(6, 64))
+    kept = [a.tolist() for a in (x, w)]
+    explorer = outliers({(0, "attn_in"): (x, w), (1, "attn_in"): (x, w)})
+    explorer.set(treatment=CLIP, threshold=0.5)
+    before = explorer.readout
+    np.testing.assert_array_equal(x, kept[0])
+    np.testing.assert_array_equal(w, kept[1])
+    x *= 3
+    w *= 2
+    explorer.set(place=(1, "attn_in"))
+    assert explorer.readout == before
+
+
+def test_other_places_have_names():
+    pair = own(3, 8)
+    explorer = outliers({(1, "mlp_in"): pair, (7, "my site"): pair})
+    assert [label for label, _ in explorer.controls["place"].options] == ["layer 1, MLP input", "layer 7, my site"]
+
+
+X, W = own(4, 8)
+HUGE = np.full((2, 2), 1e200)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("places, part", [
+    ({}, "places must hold at least one pair"), ([(X, W)], "places must be a dict of .*got "),
+    (3, "places must be a dict .* got 3"), ("text", "places must be a dict .* got 'text'"),
+    (X, "places must be a dict"),
+    ({3: (X, W)}, "places must be a dict"), ({(1, 2, 3): (X, W)}, "places must be a dict"),
+    ({(0, "a"): (X, W, W)}, "places must be a dict"), ({(0, "a"): None}, "places must be a dict"),
+    ({(0, "a"): (X[0], W)}, r"x \(tokens, channels\) .*got \(8,\) and \(5, 8\) at \(0, 'a'\)"),
+    ({(0, "a"): (X, W[:, 0])}, r"got \(4, 8\) and \(5,\)"), ({(0, "a"): (X, W[:, :7])}, r"got \(4, 8\) and \(5, 7\)"),
+    ({(0, "a"): (X[None], W)}, r"got \(1, 4, 8\)"), ({(0, "a"): (X[:0], W)}, r"x must not be empty, got .*\(0, 8\)"),
+    ({(0, "a"): (X, W * np.nan)}, "w must be finite, got 40 NaN"), ({(0, "a"): (X + np.inf, W)}, "x must be finite"),
+    ({(0, "a"): (["text"], W)}, "x must be an array of real numbers"), ({(0, "a"): (X + 1j, W)}, "real numbers"),
+    ({(0, "a"): (0 * X, W)}, "not all 0.* at "), ({(0, "a"): (X, 0 * W)}, "not all 0, got one of at most 0"),
+    ({(0, "a"): (HUGE, np.ones((1, 2)))}, "finite and not all 0"),
+    ({(0, "a"): (X, W), (1, "b"): (X, W[0])}, r"at \(1, 'b'\)"),
+])
+def test_bad_places(name, places, part):
+    with pytest.raises(ValueError, match=part):
+        MAKERS[name](places)
+
+
+@pytest.mark.parametrize("bits", [1, 9, 4.5, "4", None])
+def test_bad_bits(bits):
+    with pytest.raises(ValueError, match=f"bits must be an integer from 2 to 8, got {bits!r}"):
+        outliers(bits=bits)
+
+
+@pytest.mark.parametrize("control, value", [("granularity", "row"), ("threshold", 5), ("treatment", "drop"),
+                                            ("bits", 9)])
+def test_a_bad_setting_is_told(control, value):
+    explorer = put("outliers", {})
+    before = explorer.readout, explorer.png()
+    with pytest.raises(ValueError, match=control):
+        explorer.set(**{control: value})
+    assert message(explorer)
+    assert (explorer.readout, explorer.png()) == before
+    explorer.errors.clear()
+
+
+def test_few_pixels_do_not_hide_a_code():
+    assert activations._MOST_COLUMNS < 1536  # so that the pairs above meet pooled columns
+    x, w = np.zeros((2, 1000), np.float32), np.ones((1, 1000), np.float32)
+    x[0, 501], x[1, 998] = 1, 0.5
+    explorer = outliers({(0, "attn_in"): (x, w)})
+    colors = np.asarray(axes_of(explorer)[0].images[0].get_array())
+    assert np.argwhere((colors != WHITE).any(2)).tolist() == [[0, 250], [1, 499]]

@@ -1,0 +1,589 @@
+"""Outliers of the language model against hooks, SciPy and NumPy's integers; the facts that lesson 05 tells of them."""
+
+import itertools
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from qlab import affine, samples, smollm
+from qlab.outliers import (
+    GRANULARITIES,
+    MassiveActivation,
+    capture,
+    decompose,
+    dynamic_quantizers,
+    kurtosis,
+    massive_activations,
+    outlier_channels,
+    params_of,
+    products,
+    static_quantizers,
+    statistics,
+)
+from qlab.smollm import CACHE_SITES, LAYERS, READERS, SITES, inserted
+
+PLACES = list(itertools.product(range(LAYERS), SITES))
+TEXTS = ["Once upon a time there was a miller who had two boats and a daughter, and the river ran past his door.",
+         "def area(radius):\n    return 3.14159 * radius ** 2\n\nprint(area(2), area(10))\n",
+         "1998: 34.2 %, 2003: 41.7 %, 2011: 58.0 % of all households had one, says the report of the ministry."]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return smollm.load(progress=False)
+
+
+@pytest.fixture(scope="module")
+def tokens(model):
+    return smollm.texts(model, 2, 32)[0]
+
+
+@pytest.fixture(scope="module")
+def captured(model, tokens):
+    return capture(model, tokens, PLACES)
+
+
+@pytest.fixture(scope="module")
+def found(model, tokens):
+    return statistics(model, tokens)
+
+
+@contextmanager
+def unchanged(model):
+    """What stands at the sites stays there, whatever happens in the block."""
+    before = [getattr(block, site) for block in model.blocks for site in SITES + CACHE_SITES]
+    yield
+    assert [getattr(block, site) for block in model.blocks for site in SITES + CACHE_SITES] == before
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def random_matrix(tokens, channels, seed, *, dtype=torch.float32):
+    """Normally distributed, channels of very different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.randn(channels, generator=generator, dtype=dtype).mul(2).exp()
+    return torch.randn(tokens, channels, generator=generator, dtype=dtype) * sizes
+
+
+MATRICES = st.builds(random_matrix, st.integers(1, 9), st.integers(1, 12), st.integers(0, 10**6))
+
+
+# capture and statistics
+
+
+def test_captured_is_what_the_linear_layers_read(model, tokens, captured):
+    read = {place: [] for place in PLACES}
+    hooks = [getattr(model.blocks[layer], reader).register_forward_pre_hook(
+        lambda _, inputs, parts=read[layer, site]: parts.append(inputs[0][0]))
+        for layer, site in PLACES for reader in READERS[site][-1:]]
+    with torch.no_grad():
+        for sequence in tokens:
+            model(sequence[None])
+    for hook in hooks:
+        hook.remove()
+    assert list(captured) == PLACES
+    for (layer, site), x in captured.items():
+        assert x.shape == (64, 1536 if site == "down_in" else 576)
+        assert x.dtype == torch.float32
+        assert torch.equal(x, torch.cat(read[layer, site]))
+    assert len({x.sum().item() for x in captured.values()}) == len(PLACES)
+
+
+def test_captured_tensors_can_be_computed_with(captured):
+    x = captured[3, "mlp_in"]
+    weight = nn.Parameter(torch.ones(2, 576))
+    (x @ weight.T).sum().backward()
+    torch.testing.assert_close(weight.grad[1], x.sum(0))
+
+
+def test_statistics_are_those_of_the_captured_activations(captured, found):
+    assert list(found) == PLACES
+    for place, x in captured.items():
+        one = found[place]
+        assert torch.equal(one.low, x.min(0).values)
+        assert torch.equal(one.high, x.max(0).values)
+        assert torch.equal(one.absmax, x.abs().max(0).values)
+        assert torch.equal(one.token_absmax, x.abs().max(1).values.view(2, 32))
+        direct = scipy.stats.kurtosis(x.double().numpy(), axis=None, fisher=False)
+        assert one.kurtosis == pytest.approx(direct, rel=1e-9)
+        assert kurtosis(x) == pytest.approx(direct, rel=1e-9)
+
+
+def test_sites_are_told_in_the_order_that_was_asked_for(model, tokens):
+    asked = statistics(model, tokens[:1, :4], iter(["down_in", "attn_in"]))
+    assert list(asked) == list(itertools.product(range(LAYERS), ["down_in", "attn_in"]))
+    places = [(7, "o_in"), (0, "down_in"), (7, "attn_in")]
+    assert list(capture(model, tokens[:1, :4], iter(places))) == places
+
+
+def test_products_are_activations_and_the_first_rows_that_they_meet(model, tokens, captured):
+    places = [(12, "attn_in"), (0, "o_in"), (29, "mlp_in"), (11, "down_in")]
+    found = products(model, tokens, iter(places), outputs=7)
+    assert list(found) == places
+    for (layer, site), name in zip(places, ("q", "o", "gate", "down"), strict=True):
+        x, weight = found[layer, site]
+        assert torch.equal(x, captured[layer, site])
+        assert torch.equal(weight, model.state_dict()[f"blocks.{layer}.{name}.weight"][:7])
+    assert products(model, tokens, places[:1])[places[0]][1].shape == (64, 576)
+
+
+@pytest.mark.parametrize("outputs", [0, -1])
+def test_products_need_an_output(model, tokens, outputs):
+    with pytest.raises(ValueError, match=f"outputs must be at least 1, got {outputs}"):
+        products(model, tokens, [(0, "o_in")], outputs)
+
+
+def test_a_sequence_does_not_see_the_others(model, tokens, captured):
+    second = capture(model, tokens[1:], [(20, "down_in")])[20, "down_in"]
+    assert torch.equal(second, captured[20, "down_in"][32:])
+
+
+def test_nothing_stays_in_the_model(model, tokens):
+    with unchanged(model):
+        capture(model, tokens[:, :4], PLACES)
+        statistics(model, tokens[:, :4], ["o_in"])
+
+
+@pytest.mark.parametrize("look", [lambda *given: capture(*given, PLACES), statistics], ids=["capture", "statistics"])
+def test_nothing_stays_in_the_model_after_an_exception(model, tokens, look):
+    def broken(x):
+        raise KeyError("on the way")
+
+    with inserted(model, {(9, "values"): broken}), unchanged(model), pytest.raises(KeyError, match="on the way"):
+        look(model, tokens)
+
+
+@pytest.mark.parametrize("place", [(30, "attn_in"), (-1, "attn_in"), (0, "attention"), (0, "queries"), (0,), "attn_in",
+                                   (0.5, "o_in"), None])
+def test_an_unknown_place_is_refused(model, tokens, place):
+    with unchanged(model), pytest.raises(ValueError) as caught:
+        capture(model, tokens, [(1, "o_in"), place])
+    assert all(part in str(caught.value) for part in ("places", "from 0 to 29", ", ".join(SITES), repr(place)))
+
+
+@pytest.mark.parametrize("sites, named", [(["o_in", "keys"], "keys"), (["gate"], "gate"), ("o_in", "o")])
+def test_an_unknown_site_is_refused(model, tokens, sites, named):
+    with unchanged(model), pytest.raises(ValueError, match=rf"site of attn_in.*got \(0, '{named}'\)"):
+        statistics(model, tokens, sites)
+
+
+@pytest.mark.parametrize("bad, part", [
+    (torch.zeros(4, dtype=torch.int64), r"shape \(4,\)"), (torch.zeros(0, 4, dtype=torch.int64), r"\(0, 4\)"),
+    (torch.zeros(1, 4), "float32"), ([[1, 2]], "list"), (torch.tensor([[1, 49152]]), "1 to 49152"),
+])
+@pytest.mark.parametrize("look", [lambda *given: capture(*given, PLACES), statistics], ids=["capture", "statistics"])
+def test_bad_tokens_are_refused(model, look, bad, part):
+    with unchanged(model), pytest.raises(ValueError, match=f"tokens must be .*got .*{part}"):
+        look(model, bad)
+
+
+# kurtosis
+
+
+@settings(deadline=None)
+@given(x=MATRICES, shift=st.floats(-3, 3))
+@example(x=torch.tensor([[0.0, 1.0]]), shift=0)
+def test_kurtosis_is_scipys(x, shift):
+    x = x.double() + shift
+    if x.numel() > 1:
+        assert kurtosis(x) == pytest.approx(scipy.stats.kurtosis(x.numpy(), axis=None, fisher=False), rel=1e-9)
+
+
+def test_kurtosis_of_known_distributions():
+    n = (np.arange(100_000) + 0.5) / 100_000
+    assert kurtosis(n) == pytest.approx(1.8, rel=1e-6)  # uniform
+    assert kurtosis(scipy.stats.norm.ppf(n)) == pytest.approx(3, rel=1e-3)
+    assert kurtosis(scipy.stats.laplace.ppf(n)) == pytest.approx(6, rel=1e-2)
+
+
+@pytest.mark.parametrize("x", [[-1, 1, 0], np.float16([-1, 1, 0]), torch.tensor([-1, 1, 0]),
+                               torch.tensor([[-1], [1], [0]], dtype=torch.bfloat16)], ids=lambda x: type(x).__name__)
+def test_kurtosis_of_other_kinds_of_arrays(x):
+    assert kurtosis(x) == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -0.7, 1e30])
+@pytest.mark.parametrize("count", [1, 15, 22, 29, 1000])
+def test_kurtosis_of_equal_values_is_nan(value, count):
+    assert np.isnan(kurtosis(np.full(count, value)))
+
+
+def test_statistics_of_equal_values_have_no_kurtosis(model, tokens, monkeypatch):
+    class Constant(nn.Module):
+        def forward(self, x):
+            return torch.full_like(x, 0.1)
+
+    monkeypatch.setitem(model.blocks[0]._modules, "attn_norm", Constant())
+    for length in range(2, 8):
+        one = statistics(model, tokens[:, :length], ["attn_in"])[0, "attn_in"]
+        assert np.isnan(one.kurtosis)
+        assert (one.low == one.high).all()
+
+
+# outliers
+
+
+def lower_median(x, axis=None):
+    """The middle value; of two, the smaller."""
+    x = np.sort(x, axis=axis)
+    return np.take(x, (x.shape[axis or 0] - 1) // 2, axis=axis)
+
+
+@settings(deadline=None)
+@given(x=MATRICES, factor=st.floats(1.01, 30))
+def test_outlier_channels_by_definition(x, factor):
+    typical = lower_median(np.abs(x.numpy()), axis=0)
+    ratio = typical / lower_median(typical)
+    outliers = outlier_channels(x, factor)
+    assert outliers == pytest.approx({c: ratio[c] for c in range(len(ratio)) if ratio[c] >= factor})
+    assert list(outliers.values()) == sorted(outliers.values(), reverse=True)
+
+
+@settings(deadline=None)
+@given(tokens=st.integers(3, 40), channels=st.integers(7, 40), seed=st.integers(0, 10**6), data=st.data())
+def test_planted_channels_are_found(tokens, channels, seed, data):
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(2, tokens, channels, generator=generator)
+    x = (1 + noise[0]) * (noise[1] - 0.5).sign()
+    planted = data.draw(st.sets(st.integers(0, channels - 1), max_size=channels // 3))
+    spike = data.draw(st.integers(0, channels - 1))
+    x[:, list(planted)] *= 17
+    x[0, spike] *= 1e6  # in a single token
+    assert set(outlier_channels(x)) == planted
+
+
+def test_factor_is_included():
+    x = torch.tensor([[1.0, 1.0, 1.0, 5.0, -7.0]])
+    assert outlier_channels(x, 5) == {4: 7, 3: 5}
+    assert outlier_channels(x, 5.001) == {4: 7}
+
+
+@settings(deadline=None)
+@given(x=MATRICES, magnitude=st.floats(0.01, 10), ratio=st.floats(0.5, 50))
+def test_massive_activations_by_definition(x, magnitude, ratio):
+    size = np.abs(x.numpy())
+    median = lower_median(size.ravel(), axis=0)
+    expected = {(t, c) for t, c in np.ndindex(*size.shape) if size[t, c] > magnitude and size[t, c] > ratio * median}
+    massive = massive_activations(x, magnitude=magnitude, ratio=ratio)
+    assert {(one.token, one.channel) for one in massive} == expected
+    assert len(massive) == len(expected)
+    for one in massive:
+        assert one.value == x[one.token, one.channel].item()
+        assert one.ratio == pytest.approx(size[one.token, one.channel] / median, abs=0.051, rel=1e-6)
+    assert [abs(one.value) for one in massive] == sorted((abs(one.value) for one in massive), reverse=True)
+
+
+@settings(deadline=None)
+@given(places=st.dictionaries(st.tuples(st.integers(0, 19), st.integers(0, 29)), st.floats(1100, 1e5), max_size=9),
+       sign=st.sampled_from([-1, 1]))
+def test_planted_massive_activations_are_found(places, sign):
+    x = random_matrix(20, 30, 0).clamp(-1, 1) * 0.05
+    for place, value in places.items():
+        x[place] = sign * value
+    massive = massive_activations(x)
+    assert {(one.token, one.channel): one.value for one in massive} == pytest.approx(
+        {place: sign * value for place, value in places.items()})
+
+
+def test_massive_activations_need_both_limits():
+    x = torch.tensor([[100.0, 0.1, 0.1], [100.5, 0.1, -0.1]])
+    assert massive_activations(x, ratio=1004) == [MassiveActivation(1, 0, 100.5, 1005)]
+    assert massive_activations(x, ratio=500) == [MassiveActivation(1, 0, 100.5, 1005)]  # more than 100, not 100
+    assert massive_activations(x, ratio=1006) == []
+    assert massive_activations(x, magnitude=99, ratio=1004) == [MassiveActivation(1, 0, 100.5, 1005)]
+    assert [one.token for one in massive_activations(x, magnitude=99, ratio=999)] == [1, 0]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_what_lesson_05_says_of_the_model(model, text):
+    tokens = model.encode(text)
+    x = capture(model, tokens, [(12, "attn_in"), (11, "down_in")])
+    outliers = outlier_channels(x[12, "attn_in"])
+    assert next(iter(outliers)) == 247
+    assert outliers[247] > 20
+    massive = massive_activations(x[11, "down_in"])
+    assert {one.token for one in massive} == {0}
+    assert massive[0].channel == 1229
+    assert abs(massive[0].value) > 1000
+    assert not massive_activations(x[12, "attn_in"])
+
+
+# products with a part in float
+
+
+def decompose_directly(x, weight, threshold, bits):
+    """In float64 and int64, channel by channel and output by output; also the channels in float."""
+    qmax = 2 ** (bits - 1) - 1
+    in_float = [c for c in range(x.shape[1]) if max(abs(v) for v in x[:, c]) >= threshold]
+    rest = [c for c in range(x.shape[1]) if c not in in_float]
+    y = np.zeros((len(x), len(weight)))
+    for t, o in np.ndindex(*y.shape):
+        a, b = x[t, rest], weight[o, rest]
+        s_a, s_b = (max(map(abs, v), default=0) / qmax or 1.0 for v in (a, b))
+        q_a, q_b = (np.array([round(v / s) for v in values], np.int64) for values, s in ((a, s_a), (b, s_b)))
+        assert np.abs(q_a).max(initial=0) <= qmax
+        y[t, o] = s_a * s_b * int(q_a @ q_b) + sum(x[t, c] * weight[o, c] for c in in_float)
+    return y, in_float
+
+
+@settings(deadline=None)
+@given(tokens=st.integers(1, 6), channels=st.integers(1, 12), outputs=st.integers(1, 5), seed=st.integers(0, 10**6),
+       threshold=st.floats(0.01, 30), bits=st.sampled_from([2, 3, 4, 8, 16]))
+def test_decompose_is_what_integers_give(*, tokens, channels, outputs, seed, threshold, bits):
+    x = random_matrix(tokens, channels, seed, dtype=torch.float64)
+    weight = random_matrix(outputs, channels, seed + 1, dtype=torch.float64)
+    y, in_float = decompose(x, weight, threshold, bits)
+    expected, expected_in_float = decompose_directly(x.numpy(), weight.numpy(), threshold, bits)
+    np.testing.assert_allclose(y, expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
+    assert in_float.tolist() == expected_in_float
+    assert y.dtype == torch.float64
+
+
+def test_decompose_of_a_column_of_zeros_and_a_token_that_is_all_in_float():
+    x, weight = torch.tensor([[0.0, 9.0, 0.0], [0.0, 0.0, 0.5]]), torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]])
+    y, in_float = decompose(x, weight)
+    assert in_float.tolist() == [1]
+    torch.testing.assert_close(y, x @ weight.T)
+
+
+@pytest.mark.parametrize("place", samples.products())
+def test_decompose_of_real_products(place):
+    x, weight = map(torch.tensor, samples.products()[place])
+    exact = x @ weight.T
+    tiny = decompose(x, weight, 1e-12)
+    torch.testing.assert_close(tiny.product, exact)
+    assert len(tiny.float_channels) == x.shape[1]
+
+    def error(threshold):
+        return ((decompose(x, weight, threshold).product - exact).norm() / exact.norm()).item()
+
+    assert decompose(x, weight, 1e9).float_channels.tolist() == []
+    s_x, s_w = (m.abs().max(1, keepdim=True).values / 127 for m in (x, weight))
+    integers = (x / s_x).round().long() @ (weight / s_w).round().long().T
+    torch.testing.assert_close(decompose(x, weight, 1e9).product, s_x * s_w.T * integers)
+    assert error(6) <= error(1e9)
+    assert error(float("inf")) == error(1e9) > error(0.5) > error(1e-12)
+
+
+def test_integer_products_are_exact():
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randint(-127, 128, (rows, 1000), generator=generator).float() for rows in (5, 4))
+    x[:, 0], weight[:, 1] = 127, -127  # all scales are 1
+    assert torch.equal(decompose(x, weight, 1000).product.long(), x.long() @ weight.long().T)
+
+
+def by_bitsandbytes(x, weight, threshold):
+    """LLM.int8() as the library computes it: W is quantized once, whole, and x without its outlier values.
+
+    (It multiplies by 127 / max|x|. Dividing by the scale rounds the same way at ties as `decompose`.)
+    """
+    large = np.abs(x) >= threshold
+    columns = np.flatnonzero(large.any(0))
+    row_stats, col_stats = np.abs(np.where(large, 0, x)).max(1), np.abs(weight).max(1)
+    q_x = np.rint(x / (row_stats[:, None] / 127))
+    q_x[:, columns] = 0
+    q_w = np.rint(weight / (col_stats[:, None] / 127))
+    in_float = x[:, columns] @ (q_w[:, columns] * col_stats[:, None] / 127).T
+    return q_x @ q_w.T * row_stats[:, None] * col_stats / 127**2 + in_float, columns
+
+
+@pytest.mark.parametrize("place", samples.products())
+def test_decompose_chooses_the_channels_of_bitsandbytes_and_is_as_near(place):
+    x, weight = (m.astype(np.float64) for m in samples.products()[place])
+    exact = x @ weight.T
+    for threshold in (1.0, 6.0, 1e9):
+        theirs, columns = by_bitsandbytes(x, weight, threshold)
+        ours, in_float = decompose(torch.tensor(x), torch.tensor(weight), threshold)
+        np.testing.assert_array_equal(in_float, columns)
+        if not columns.size:
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6 * np.abs(theirs).max())
+        assert np.linalg.norm(ours.numpy() - exact) <= 1.02 * np.linalg.norm(theirs - exact)
+
+
+def test_x_and_weight_may_differ_in_precision():
+    x, weight = random_matrix(3, 8, 0), random_matrix(2, 8, 1)
+    half = decompose(x, weight.half()).product
+    torch.testing.assert_close(half, decompose(x, weight.half().float()).product)
+    assert decompose(x.double(), weight).product.dtype == torch.float64
+    assert decompose(x, weight.double()).product.dtype == torch.float32
+
+
+# quantizers
+
+
+def parts(x, granularity, group_size):
+    """What shares a scale, row by row."""
+    return {"tensor": lambda: x.reshape(1, -1), "token": lambda: x, "channel": lambda: x.T,
+            "group": lambda: x.reshape(-1, group_size)}[granularity]()
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+def test_params_hold_the_range_of_each_part(granularity, bits):
+    x = random_matrix(6, 32, 3) + 0.2
+    x[:, 5] = x[:, 5].abs() + 1  # ranges without 0
+    params = params_of(x, granularity, bits, group_size=8)
+    rows = parts(x.double().numpy(), granularity, 8)
+    alpha, beta = np.minimum(rows.min(1), 0), np.maximum(rows.max(1), 0)
+    scale = (beta - alpha) / (2**bits - 1)
+    np.testing.assert_allclose(params.scale.reshape(-1), scale, rtol=1e-6)
+    np.testing.assert_allclose(params.zero_point.reshape(-1), np.rint(-alpha / scale) - 2 ** (bits - 1), atol=1)
+    x_hat = affine.fake_quantize(x, params)
+    assert (np.abs(parts((x_hat - x).double().numpy(), granularity, 8)) <= 0.501 * scale[:, None]).mean() > 0.99
+    used = {"tensor": {}, "token": {"axis": 0}, "channel": {"axis": 1}, "group": {"group_size": 8}}[granularity]
+    direct = affine.zero_point_params(x, bits, **used)
+    assert torch.equal(params.scale, direct.scale) and torch.equal(params.zero_point, direct.zero_point)
+    assert (params.axis, params.group_size) == (direct.axis, direct.group_size)
+
+
+def test_what_the_defaults_are():
+    x = random_matrix(4, 128, 0)
+    assert repr(params_of(x)) == repr(params_of(x, "tensor", 8))
+    assert params_of(x, "group").group_size == 64
+    three = x.view(2, 2, 128)
+    by_default = dynamic_quantizers(places=[(0, "o_in")])[0, "o_in"](three)
+    assert torch.equal(by_default, dynamic_quantizers("token", 8, places=[(0, "o_in")])[0, "o_in"](three))
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("shape", [(2, 5, 64), (1, 3, 2, 64), (3, 1, 64), (4, 64)], ids=str)
+@pytest.mark.parametrize("bits", [3, 8])
+def test_dynamic_quantizers_see_each_token_as_a_row(granularity, shape, bits):
+    functions = dynamic_quantizers(granularity, bits, places=iter([(3, "o_in"), (5, "attn_in")]), group_size=16)
+    assert list(functions) == [(3, "o_in"), (5, "attn_in")]
+    x = random_matrix(int(np.prod(shape[:-1])), 64, 1)
+    expected = affine.fake_quantize(x, params_of(x, granularity, bits, group_size=16)).view(shape)
+    assert torch.equal(functions[3, "o_in"](x.view(shape)), expected)
+    swapped = x.view(shape).transpose(0, 1).contiguous().transpose(0, 1)  # lies elsewhere in memory
+    assert torch.equal(functions[5, "attn_in"](swapped), expected)
+
+
+def test_dynamic_quantizers_see_the_data_of_each_call_alone():
+    function = dynamic_quantizers("tensor", 4, places=[(0, "o_in")])[0, "o_in"]
+    x = random_matrix(3, 8, 0)[None]
+    once = function(x)
+    function(100 * x)
+    assert torch.equal(function(x), once)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("place", [(12, "attn_in"), (11, "down_in")])
+def test_static_quantizers_use_the_ranges_that_were_found(*, found, captured, per_channel, bits, place):
+    functions = static_quantizers(found, bits, per_channel=per_channel)
+    assert list(functions) == PLACES
+    x = captured[place]
+    low, high = (x.amin(0), x.amax(0)) if per_channel else (x.min(), x.max())
+    params = affine.range_params(low.clamp(max=0), high.clamp(min=0), bits, axis=1 if per_channel else None)
+    new = 1.5 * x.flip(0)
+    assert torch.equal(functions[place](new.view(4, 16, -1)), affine.fake_quantize(new, params).view(4, 16, -1))
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_static_range_holds_0(model, tokens, per_channel):
+    with inserted(model, {(0, "o_in"): lambda x: x}):
+        found = statistics(model, tokens[:, :4], ["o_in"])
+    one = found[0, "o_in"]
+    found[0, "o_in"] = type(one)(one.low.abs() + 2, one.low.abs() + 4, one.token_absmax, one.kurtosis)  # all above 0
+    function = static_quantizers(found, 8, per_channel=per_channel)[0, "o_in"]
+    assert (function(torch.zeros(1, 1, 576)) == 0).all()
+    x = (one.low.abs() + 3)[None, None]
+    assert (function(x) - x).abs().max() < (one.low.abs() + 4).max() / 255
+
+
+def test_some_places_alone(found):
+    places = [(4, "o_in"), (2, "attn_in")]
+    assert list(static_quantizers(found, places=iter(places))) == places
+    assert static_quantizers(found, places=[]) == {}
+    some = {place: found[place] for place in places}
+    assert list(static_quantizers(some)) == places
+
+
+def test_more_bits_change_the_model_less(model, tokens, found):
+    def difference(functions):
+        with torch.no_grad(), inserted(model, functions):
+            return (model.hidden(tokens[:1]) - hidden).norm().item()
+
+    with torch.no_grad():
+        hidden = model.hidden(tokens[:1])
+    eight = difference(dynamic_quantizers("token", 8, places=PLACES))
+    assert 0 < difference(dynamic_quantizers("group", 12, places=PLACES)) < eight
+    assert eight < difference(static_quantizers(found, 8)) < 1.5 * hidden.norm()
+
+
+# bad input
+
+
+NAN, INF = torch.tensor([[1.0, float("nan")]]), torch.tensor([[1.0, float("inf")]])
+MATRIX = torch.ones(2, 4)
+BAD_MATRICES = [(NAN, "must be finite, got 1 NaN"), (INF, "1 infinite"), (torch.ones(3), r"shape \(3,\)"),
+                (torch.ones(1, 2, 3), r"\(1, 2, 3\)"), (torch.ones(0, 3), "not be empty"), (np.ones((2, 3)), "ndarray"),
+                ([[1.0]], "list"), (torch.ones(2, 2, dtype=torch.complex64), "complex64"), (None, "NoneType")]
+
+
+@pytest.mark.parametrize("bad, part", BAD_MATRICES, ids=[part for _, part in BAD_MATRICES])
+@pytest.mark.parametrize("name, function", [
+    ("x", outlier_channels), ("x", massive_activations), ("x", lambda bad: decompose(bad, torch.ones(3, 2))),
+    ("weight", lambda bad: decompose(torch.ones(3, 2), bad)),
+], ids=["outlier_channels", "massive_activations", "decompose x", "decompose weight"])
+def test_bad_matrices_are_refused(name, function, bad, part):
+    with pytest.raises(ValueError, match=f"^{name} .*{part}"):
+        function(bad)
+
+
+@pytest.mark.parametrize("call, part", [
+    (lambda: kurtosis([]), "x must not be empty"), (lambda: kurtosis([1, np.nan]), "x must be finite, got 1 NaN"),
+    (lambda: kurtosis(torch.tensor([np.inf])), "x must be finite, got 0 NaN and 1 infinite"),
+    (lambda: kurtosis("text"), "x must be an array of real numbers"),
+    *[(lambda factor=factor: outlier_channels(MATRIX, factor), f"factor must be greater than 1, got {factor}")
+      for factor in (1, 0.5, -3.0, float("nan"))],
+    *[(lambda limit=limit: massive_activations(MATRIX, magnitude=limit), f"magnitude and .* got {limit} and 1000.0")
+      for limit in (0, -1.0, float("nan"))],
+    *[(lambda limit=limit: massive_activations(MATRIX, ratio=limit), f"ratio must be greater .* 100.0 and {limit}")
+      for limit in (0, -1.0, float("nan"))],
+    *[(lambda limit=limit: decompose(MATRIX, MATRIX, limit), f"threshold must be greater than 0, got {limit}")
+      for limit in (0, -6.0, float("nan"))],
+    *[(lambda bits=bits: decompose(MATRIX, MATRIX, 0.1, bits), f"bits must be an integer from 2 to 16, got {bits}")
+      for bits in (1, 17, 4.5, None)],
+    (lambda: decompose(MATRIX, torch.ones(3, 5)), "weight must have as many columns as x, 4, got 5"),
+    *[(lambda name=name: params_of(MATRIX, name),
+       f"granularity must be one of tensor, token, channel, group, got {name!r}")
+      for name in ("row", None, 0)],
+    *[(lambda bits=bits: params_of(MATRIX, "token", bits), f"bits must be an integer from 2 to 16, got {bits}")
+      for bits in (1, 17, 2.5)],
+    *[(lambda size=size: params_of(MATRIX, "group", group_size=size), f"group_size must divide .* got {size}")
+      for size in (3, 0, 8)],
+    (lambda: params_of(NAN), "x must be finite, got 1 NaN"),
+    (lambda: dynamic_quantizers("row", places=[(0, "o_in")])[0, "o_in"](MATRIX), "granularity must be .* got 'row'"),
+    (lambda: dynamic_quantizers("token", 1, places=[(0, "o_in")])[0, "o_in"](MATRIX), "bits must be .* got 1"),
+])
+def test_bad_arguments_are_refused(call, part):
+    with pytest.raises(ValueError, match=part):
+        call()
+
+
+@pytest.mark.parametrize("bits", [1, 17, 4.5, "8"])
+def test_static_quantizers_refuse_bad_bits(found, bits):
+    with pytest.raises(ValueError, match=f"bits must be an integer from 2 to 16, got {bits!r}"):
+        static_quantizers(found, bits)
+
+
+@pytest.mark.parametrize("place", [(30, "o_in"), (0, "keys"), "o_in"])
+def test_static_quantizers_refuse_a_place_without_statistics(found, place):
+    with pytest.raises(ValueError) as caught:
+        static_quantizers(found, places=[(0, "o_in"), place])
+    assert "found must have statistics" in str(caught.value)
+    assert repr(place) in str(caught.value)

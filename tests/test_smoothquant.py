@@ -1,0 +1,276 @@
+"""Smoothing scales against the paper's formula; a small LLaMA in float64, and the real one, before and after."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from qlab import smollm
+from qlab.affine import absmax_params, fake_quantize, mse
+from qlab.outliers import statistics
+from qlab.smollm import READERS, SITES, SmolLM, inserted, perplexity, reweighted, texts
+from qlab.smoothquant import (
+    PAIRS,
+    quantized,
+    smooth,
+    smoothing_scales,
+)
+
+SIZES = {"VOCABULARY": 60, "CHANNELS": 48, "HIDDEN": 96, "LAYERS": 2, "HEADS": 4, "KV_HEADS": 2}
+
+
+def small_model(dtype=torch.float64, seed=0):
+    """A LLaMA of two layers with random weights and gains; the sizes in `qlab.smollm` must be patched."""
+    generator = torch.Generator().manual_seed(seed)
+    model = SmolLM()
+    for name, parameter in model.named_parameters():
+        values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.data = (values.exp() if "norm" in name else values / math.sqrt(parameter.shape[1])).to(dtype)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def sizes(monkeypatch):
+    for name, value in SIZES.items():
+        monkeypatch.setattr(smollm, name, value)
+
+
+@pytest.fixture
+def model(sizes):
+    return small_model()
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(SIZES["VOCABULARY"], (2, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def found(model, tokens):
+    return statistics(model, tokens)
+
+
+def logits(model, tokens, functions=()):
+    with torch.inference_mode(), inserted(model, dict(functions)):
+        return model(tokens)
+
+
+def relative(y, reference):
+    return float((y - reference).abs().max() / reference.abs().max())
+
+
+def state_bytes(model):
+    return {name: value.numpy().tobytes() for name, value in model.state_dict().items()}
+
+
+# The scales
+
+MAGNITUDES = arrays(np.float64, 7, elements=st.floats(1e-3, 1e4))
+
+
+@given(MAGNITUDES, MAGNITUDES, st.floats(0, 1))
+def test_scales_are_equation_4(a, w, alpha):
+    expected = np.exp(alpha * np.log(a) - (1 - alpha) * np.log(w)).clip(1e-5)
+    np.testing.assert_allclose(smoothing_scales(a, w, alpha), expected, rtol=1e-12)
+    in_torch = smoothing_scales(torch.from_numpy(a).float(), torch.from_numpy(w).float(), alpha)
+    assert in_torch.dtype == torch.float32
+    np.testing.assert_allclose(in_torch.numpy(), expected, rtol=1e-6)
+
+
+def test_the_ends_of_alpha_level_one_side():
+    a, w = np.array([0.5, 3.0, 200.0]), np.array([2.0, 0.1, 0.3])
+    np.testing.assert_allclose(a / smoothing_scales(a, w, 1), 1)
+    np.testing.assert_allclose(w * smoothing_scales(a, w, 0), 1)
+    half = smoothing_scales(a, w, 0.5)
+    np.testing.assert_allclose(a / half, w * half)
+
+
+def test_dead_channels_as_in_the_published_code():
+    a, w = np.array([0.0, 4.0, 0.0]), np.array([4.0, 0.0, 0.0])
+    np.testing.assert_allclose(smoothing_scales(a, w, 0.5), [1e-5, 2 / math.sqrt(1e-5), 1e-5])
+    np.testing.assert_allclose(smoothing_scales(a, w, 0), [0.25, 1e5, 1e5])
+
+
+@pytest.mark.parametrize("x_absmax, w_absmax, alpha, message", [
+    ([1.0], [1.0], -0.1, "alpha must be a number from 0 to 1, got -0.1"),
+    ([1.0], [1.0], 1.01, "alpha must be a number from 0 to 1, got 1.01"),
+    ([1.0], [1.0], math.nan, "alpha must be a number from 0 to 1, got nan"),
+    ([1.0], [1.0], "0.5", "alpha must be a number from 0 to 1, got '0.5'"),
+    ([1.0], [1.0], True, "alpha must be a number from 0 to 1, got True"),
+    ([1.0, -2.0], [1.0, 1.0], 0.5, "x_absmax must be of one axis and nowhere less than 0"),
+    ([1.0], [-1.0], 0.5, "w_absmax must be of one axis and nowhere less than 0"),
+    ([[1.0]], [[1.0]], 0.5, "x_absmax must be of one axis"),
+    ([1.0, 2.0], [1.0], 0.5, "the same shape, got (2,) and (1,)"),
+    ([math.nan], [1.0], 0.5, "x_absmax must be finite"),
+    ([1.0], [math.inf], 0.5, "w_absmax must be finite"),
+    ([], [], 0.5, "x_absmax must not be empty"),
+])
+def test_bad_scales(x_absmax, w_absmax, alpha, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        smoothing_scales(np.array(x_absmax), np.array(w_absmax), alpha)
+
+
+def test_the_direction_of_the_lecture_notes_amplifies():
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(64, 16, generator=generator), torch.randn(32, 16, generator=generator)
+    x[:, 3] *= 60
+    s = smoothing_scales(x.abs().amax(0), w.abs().amax(0), 0.5)
+
+    def error(x, w):
+        rounded = [fake_quantize(values, absmax_params(values)) for values in (x, w)]
+        return mse(x @ w.T, rounded[0] @ rounded[1].T)
+
+    right, naive, printed = error(x / s, w * s), error(x, w), error(x * s, w / s)
+    assert right < naive / 3 and printed > 3 * naive
+
+
+# The model
+
+
+@pytest.mark.parametrize("sites", [["attn_in"], ["mlp_in"], ["down_in"], ["attn_in", "mlp_in"], [*PAIRS]], ids=str)
+@pytest.mark.parametrize("alpha", [0, 0.5, 0.85, 1])
+def test_nothing_changes_in_float64(model, tokens, found, sites, alpha):
+    before = state_bytes(model)
+    smoothed = smooth(model, found, alpha, sites=sites)
+    assert relative(logits(smoothed, tokens), logits(model, tokens)) <= 1e-11
+    assert smoothed.changes == ("smoothed",) and model.changes == ()
+    assert state_bytes(model) == before
+    touched = {f"blocks.{i}.{name}.weight" for i in range(2) for site in sites
+               for name in (PAIRS[site][0], *PAIRS[site][1])}
+    assert {name for name, value in state_bytes(smoothed).items() if value != before[name]} == touched
+
+
+def test_smoothed_weights_are_those_of_the_paper(model, found):
+    alpha = {"attn_in": 0.3, "mlp_in": 0.6, "down_in": 0.9}
+    smoothed = smooth(model, found, alpha, sites=PAIRS)
+    for i in range(2):
+        old, new = ({name: getattr(m.blocks[i], name).weight.numpy()
+                     for name in ("attn_norm", "q", "k", "v", "mlp_norm", "gate", "up", "down")}
+                    for m in (model, smoothed))
+        s = {}
+        for site, names in (("attn_in", "q k v"), ("mlp_in", "gate up"), ("down_in", "down")):
+            a = np.maximum(found[i, site].high.numpy(), -found[i, site].low.numpy())
+            w = np.abs(np.vstack([old[name] for name in names.split()])).max(0)
+            s[site] = np.exp(alpha[site] * np.log(a) - (1 - alpha[site]) * np.log(w))
+        attention, mlp, down = s.values()
+        expected = {"attn_norm": old["attn_norm"] / attention, "mlp_norm": old["mlp_norm"] / mlp,
+                    "q": old["q"] * attention, "k": old["k"] * attention, "v": old["v"] * attention,
+                    "gate": old["gate"] * mlp, "up": old["up"] * mlp / down[:, None], "down": old["down"] * down}
+        for name, weight in expected.items():
+            np.testing.assert_allclose(new[name], weight, rtol=1e-6)
+
+
+def test_activations_are_divided_by_s(model, tokens, found):
+    after = statistics(smooth(model, found, 1.0, sites=PAIRS), tokens)
+    for place in after:
+        expected = found[place].absmax if place[1] == "o_in" else torch.ones_like(found[place].absmax)
+        torch.testing.assert_close(after[place].absmax, expected, rtol=1e-9, atol=0)
+
+
+def test_smoothing_refuses(model, found, tokens):
+    changed = reweighted(model, {}, "8-bit weights")
+    missing = {place: value for place, value in found.items() if place != (1, "mlp_in")}
+    for arguments, message in [
+        ((changed, found), "model must be as loaded, got one that was changed: 8-bit weights"),
+        ((smooth(model, found), found), "model must be as loaded, got one that was changed: smoothed"),
+        ((model, found, 1.5), "alpha must be a number from 0 to 1, got 1.5"),
+        ((model, found, {"attn_in": 0.5}), "alpha must have a number for 'mlp_in'"),
+        ((model, missing), "found must have statistics of each place, got none of (1, 'mlp_in')"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            smooth(*arguments)
+    with pytest.raises(ValueError, match=re.escape("sites must be of attn_in, mlp_in, down_in, got 'o_in'")):
+        smooth(model, found, sites=["o_in"])
+
+
+# Quantization
+
+
+def rounded(x, low, high, bits):
+    """Asymmetric fake quantization from its definition, in NumPy."""
+    low, high = np.minimum(low, 0), np.maximum(high, 0)
+    s = (high - low) / (2**bits - 1)
+    z = -2 ** (bits - 1) - np.rint(low / s)
+    return s * (np.clip(np.rint(x / s) + z, -2 ** (bits - 1), 2 ** (bits - 1) - 1) - z)
+
+
+@pytest.mark.parametrize("level", ["O1", "O2", "O3"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_levels(model, found, level, bits):
+    copy, functions = quantized(model, level, found if level == "O3" else None, bits)
+    assert set(functions) == {(i, site) for i in range(2) for site in SITES}
+    x = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(2), dtype=torch.float64).numpy()
+    x[0, 1] *= 20
+    low, high = {"O1": (x.min(2, keepdims=True), x.max(2, keepdims=True)), "O2": (x.min(), x.max()),
+                 "O3": (found[1, "mlp_in"].low.min().item(), found[1, "mlp_in"].high.max().item())}[level]
+    ours = functions[1, "mlp_in"](torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(ours, rounded(x, low, high, bits), rtol=0, atol=1e-12)
+    for name in (name for names in READERS.values() for name in names):
+        weight = getattr(model.blocks[0], name).weight.numpy()
+        s = np.abs(weight).max() / (2 ** (bits - 1) - 1)
+        np.testing.assert_allclose(getattr(copy.blocks[0], name).weight.numpy(), s * np.rint(weight / s), atol=1e-12)
+    assert copy.changes == (f"{bits}-bit weights",)
+
+
+def test_weights_per_channel_and_fewer_sites(model, found):
+    copy, functions = quantized(model, "O3", found, 4, per_channel=True, sites=["mlp_in"])
+    assert set(functions) == {(0, "mlp_in"), (1, "mlp_in")}
+    weight = model.blocks[1].up.weight.numpy()
+    s = np.abs(weight).max(1, keepdims=True) / 7
+    np.testing.assert_allclose(copy.blocks[1].up.weight.numpy(), s * np.rint(weight / s), atol=1e-12)
+    assert torch.equal(copy.blocks[1].down.weight, model.blocks[1].down.weight)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (("O4",), "level must be one of O1, O2, O3, got 'O4'"),
+    (("O3",), "found must be the statistics of the model for level O3, got None"),
+    (("O3", {}), "found must have statistics of each place"),
+    (("O1", None, 1), "bits must be an integer from 2 to 16, got 1"),
+])
+def test_levels_refuse(model, arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        quantized(model, *arguments)
+
+
+def test_torch_kernels(sizes, tokens):
+    model = small_model(torch.float32)
+    before, reference = state_bytes(model), logits(model, tokens)
+    kernels = smollm.torch_int8(model, in_float=["down"])
+    for block in kernels.blocks:
+        for name in ("q", "k", "v", "o", "gate", "up"):
+            assert getattr(block, name).weight().dtype == torch.qint8
+        assert type(block.down) is torch.nn.Linear
+    assert type(kernels.head) is torch.nn.Linear and kernels.changes == ("torch int8",)
+    assert state_bytes(model) == before and model.changes == ()
+    x = torch.randn(50, 48, generator=torch.Generator().manual_seed(3))
+    assert 0 < relative(kernels.blocks[1].up(x), model.blocks[1].up(x)) < 0.05
+    assert not torch.equal(logits(kernels, tokens), reference)
+    assert smollm.torch_int8(model).blocks[0].down.weight().dtype == torch.qint8
+    by_row = smollm.torch_int8(model, per_channel=True).blocks[0].up.weight()
+    assert by_row.qscheme() == torch.per_channel_affine and by_row.q_per_channel_scales().shape == (96,)
+    with pytest.raises(ValueError, match="in_float must be of q, k, v, o, gate, up, down, got 'head'"):
+        smollm.torch_int8(model, in_float=["head"])
+
+
+# The real model
+
+
+def test_the_real_model():
+    model = smollm.load(progress=False)
+    calibration, evaluation = texts(model, 2, 256)
+    found = statistics(model, calibration)
+    smoothed = smooth(model, found, 0.8, sites=PAIRS)
+    tokens = evaluation[:1, :64]
+    assert relative(logits(smoothed, tokens), logits(model, tokens)) <= 2e-4
+    perplexities = [perplexity(model, evaluation[:1])]
+    for version, ranges in ((model, found), (smoothed, statistics(smoothed, calibration))):
+        copy, functions = quantized(version, "O3", ranges, per_channel=True)
+        with inserted(copy, functions):
+            perplexities.append(perplexity(copy, evaluation[:1]))
+    exact, plain, smooth_one = perplexities
+    assert smooth_one - exact < 0.5 * (plain - exact)
