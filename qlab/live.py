@@ -256,7 +256,7 @@ class Explorer:
                     _check_allowed(name, self.controls[name], value)
                 try:
                     self._put(name, value)
-                except TraitError as error:
+                except (TraitError, ValueError) as error:
                     raise ValueError(f"{name} cannot be {value!r}: {error}") from None
         except ValueError:
             for name, value in before.items():

@@ -95,7 +95,7 @@ def open_notebook(page, address, name):
     page.wait_for_function(KERNEL_READY, timeout=120_000)
 
 
-def run_all(page, timeout=180):
+def run_all(page, timeout=400):
     """Run every cell; gives the errors that cells ended with."""
     page.evaluate("() => jupyterapp.commands.execute('notebook:run-all-cells')")
     page.wait_for_function(ALL_RUN, timeout=timeout * 1000)

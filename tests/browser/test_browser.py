@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 from qlab import calibration, samples
+from tests.benchmarks.footprint import PEAK
 from tests.browser.lab import ask_kernel, chromium, find_chromium, jupyterlab, open_notebook, run_all
 
 if not find_chromium() and not os.environ.get("CI"):
@@ -305,10 +307,14 @@ def test_lesson(lab, said, lesson):
     else:
         first.output.get_by_title("mantissa, bit 0", exact=True).click()
         assert first.wait_for_change(before)
+    prose = " ".join(cell.source for cell in nbformat.read(NOTEBOOKS / lesson, as_version=4).cells)
+    stated = re.search(r"less than (\d+) MB of memory", prose.replace("\n", " "))
+    assert int(ask_kernel(page, PEAK)) // 1024 < int(stated[1])
     if lesson.startswith("04"):  # its async cell has handled messages that no cell answers for
         staircase = Figure(page, outputs.filter(has=page.locator(".widget-label:text-is('α')")).first)
         assert len({staircase.pixels(), *(staircase.press("x", "ArrowRight") for _ in range(3))}) == 4
         assert len({staircase.pixels(), *(staircase.press("s", "ArrowRight") for _ in range(3))}) == 4
+    page.evaluate("() => jupyterapp.shell.currentWidget.sessionContext.shutdown()")
 
 
 def test_the_console_is_quiet(figures, said):
