@@ -1,0 +1,602 @@
+"""The live figures of lesson 07: each control over its whole range, and what they show against NumPy alone."""
+
+import html
+import itertools
+from functools import lru_cache
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.stats
+import torch
+from matplotlib.colors import to_rgba
+
+from qlab import samples
+from qlab.explorers import rotation, rotation_2d
+from qlab.explorers.rotations import (
+    DIAGONAL,
+    HADAMARD,
+    NO_AXIS,
+    NONE,
+    ONE_AXIS,
+    RANDOM_HADAMARD,
+    RANDOM_ORTHOGONAL,
+)
+from qlab.live import GREY, VERMILION
+from qlab.spinquant import hadamard, random_hadamard, random_orthogonal
+from tests.test_explorers import assert_sound, message, sweep
+from tests.test_explorers_activations import own, pairwise, read_only
+
+PRODUCTS = samples.products()
+PLACES = list(PRODUCTS)
+BUILT_IN = (NONE, HADAMARD, RANDOM_HADAMARD, RANDOM_ORTHOGONAL)
+CLOUDS = (NO_AXIS, ONE_AXIS, DIAGONAL)
+MAKERS = {"rotation_2d": rotation_2d, "rotation": rotation}
+START = {
+    "rotation_2d": {"theta": 0, "bits": 4, "outlier": ONE_AXIS},
+    "rotation": {"place": PLACES[0], "rotate": NONE, "seed": 0, "bits": 4, "granularity": "token"},
+}
+SETTINGS = [
+    ("rotation_2d", {}), ("rotation_2d", {"theta": 30, "bits": 7, "outlier": DIAGONAL}),
+    ("rotation", {}), ("rotation", {"place": PLACES[2], "rotate": RANDOM_HADAMARD, "granularity": "tensor", "seed": 4}),
+    ("rotation", {"place": PLACES[3], "rotate": RANDOM_ORTHOGONAL, "bits": 3}),
+]
+CONTROLS = [(name, setting, control) for name, setting in SETTINGS for control in START[name]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@lru_cache
+def shared(name):
+    return MAKERS[name]()
+
+
+def put(name, setting):
+    explorer = shared(name)
+    explorer.set(**START[name] | setting)
+    return explorer
+
+
+def reach(explorer, control):
+    """The values that a hand can give to a control."""
+    widget = explorer.controls[control]
+    return PLACES if control == "place" else list(range(0, 91, 3)) if control == "theta" else sweep(widget)
+
+
+# both
+
+
+@pytest.mark.parametrize("name, setting, control", CONTROLS)
+def test_a_control_over_its_whole_range(name, setting, control):
+    explorer = put(name, setting)
+    pictures = []
+    for value in reach(explorer, control):
+        explorer.controls[control].value = value
+        assert explorer.controls[control].value == value
+        assert_sound(explorer)
+        assert not explorer.errors
+        pictures.append(explorer.png())
+    assert len(pictures) > 1
+    # The bars of the random rotations show the seed whatever is selected.
+    assert len(set(pictures)) == len(pictures)
+
+
+@pytest.mark.parametrize("name, setting", SETTINGS)
+def test_the_picture_does_not_depend_on_the_way_there(name, setting):
+    travelled = put(name, setting)
+    for label, control in travelled.controls.items():
+        for value in reach(travelled, label)[::3]:
+            control.value = value
+    travelled.set(**START[name] | setting)
+    fresh = MAKERS[name]()
+    fresh.set(**setting)
+    assert travelled.png() == fresh.png()
+    assert travelled.readout == fresh.readout
+    assert not travelled.errors
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_words(name):
+    explorer = MAKERS[name]()
+    assert {label: control.value for label, control in explorer.controls.items()} == START[name]
+    assert explorer.title
+    assert len(explorer.description) > 40
+    assert explorer.description in html.unescape(explorer.widget.children[1].value)
+    assert all(f"{key}: " in repr(explorer) for key in explorer.readout)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_compute_draws_nothing(name):
+    explorer = put(name, {})
+    before = explorer.png()
+    changes = [{"outlier": cloud} for cloud in CLOUDS] if name == "rotation_2d" else [{"rotate": r} for r in BUILT_IN]
+    results = [explorer._compute(**START[name] | change) for change in changes]
+    assert len({repr(explorer._read(result)) for result in results}) == len(changes)
+    assert not explorer.figure.stale
+    assert explorer._render() == before
+    explorer._background = None
+    assert explorer._render() == before
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_axes_stand_still(name, monkeypatch):
+    explorer = put(name, {})
+    drawn = []
+    monkeypatch.setattr(explorer._canvas, "draw", lambda: drawn.append(1))
+    for control in START[name]:
+        for value in reach(explorer, control) if control != "place" else ():
+            explorer.controls[control].value = value
+    assert not drawn
+    assert not explorer.errors
+
+
+# two dimensions
+
+
+def turn(theta):
+    c, s = np.cos(np.deg2rad(theta)), np.sin(np.deg2rad(theta))
+    return np.array([[c, s], [-s, c]])
+
+
+def panels(explorer):
+    """Grid, square, axis, levels and tokens of the rotated and of the original coordinates; points of shape (n, 2)."""
+    return [dict(zip(("grid", "square", "axis", "levels", "tokens"), (line.get_xydata() for line in axes.lines),
+                     strict=True)) for axes in explorer.figure.axes[:2]]
+
+
+def tokens_of(outlier):
+    return panels(put("rotation_2d", {"outlier": outlier}))[0]["tokens"]
+
+
+def rounded(x, bits):
+    top = 2 ** (bits - 1) - 1
+    step = np.abs(x).max() / top
+    return step * np.rint(x / step)
+
+
+def rows(points):
+    """As a set, so that the order does not matter."""
+    return {tuple(point) for point in np.round(points, 6) + 0.0}
+
+
+@pytest.mark.parametrize("theta", [0, 1, 17, 45, 60, 89, 90])
+@pytest.mark.parametrize("outlier", CLOUDS)
+def test_2d_reads_and_shows_what_numpy_computes(outlier, theta):
+    x = tokens_of(outlier)
+    for bits in range(2, 9):
+        explorer = put("rotation_2d", {"theta": theta, "bits": bits, "outlier": outlier})
+
+        def error(angle, bits=bits):
+            return np.sqrt(np.sum((x @ turn(angle) - rounded(x @ turn(angle), bits)) ** 2) / np.sum(x**2))
+
+        y, top = x @ turn(theta), 2 ** (bits - 1) - 1
+        assert explorer.readout == pytest.approx({
+            "theta": theta, "max": np.abs(y).max(), "kurtosis": scipy.stats.kurtosis(y, axis=None, fisher=False),
+            "error_percent": 100 * error(theta), "without_rotation_percent": 100 * error(0)}, rel=1e-6)
+
+        turned, back = panels(explorer)
+        corner, step = np.abs(y).max(), np.abs(y).max() / top
+        np.testing.assert_allclose(turned["tokens"], y, atol=1e-9)
+        assert rows(turned["levels"]) == rows(rounded(y, bits))
+        np.testing.assert_allclose(np.abs(turned["square"]), corner)
+        assert len(rows(turned["square"])) == 4
+        assert rows(turned["axis"] / np.linalg.norm(turned["axis"], axis=1)[:, None]) == rows(
+            np.array([[1, 0], [-1, 0]]) @ turn(theta))
+        ends = turned["grid"][~np.isnan(turned["grid"]).any(1)]
+        if bits > 6:
+            assert not ends.size
+        else:
+            levels = step * np.arange(-top, top + 1)
+            wanted = [(v, side * corner) for v in levels for side in (-1, 1)]
+            assert rows(ends) == rows(np.array(wanted + [point[::-1] for point in wanted]))
+        for name, points in turned.items():
+            np.testing.assert_allclose(back[name], points @ turn(theta).T, atol=1e-9)
+        np.testing.assert_allclose(back["tokens"], x, atol=1e-9)
+
+        curves = explorer.figure.axes[2]
+        one, *lines, now, marker = curves.lines
+        assert list(one.get_ydata()) == [1, 1]
+        ratios = (error, lambda a: np.abs(x @ turn(a)).max(),
+                  lambda a: scipy.stats.kurtosis(x @ turn(a), axis=None, fisher=False))
+        for line, of in zip(lines, ratios, strict=True):
+            for angle in (0, 20, theta, 90):
+                assert line.get_xdata()[angle] == angle
+                assert line.get_ydata()[angle] == pytest.approx(of(angle) / of(0), rel=1e-6)
+            low, high = curves.get_ylim()
+            assert low < line.get_ydata().min() <= line.get_ydata().max() < high
+        assert list(now.get_xdata()) == [theta] * 2
+        assert marker.get_xydata() == pytest.approx(np.array([[theta, lines[0].get_ydata()[theta]]]))
+
+
+def test_clouds():
+    none, one, diagonal = map(tokens_of, CLOUDS)
+    assert none.shape == (400, 2)
+    assert one.mean(0) == pytest.approx([0, 0], abs=1e-9)
+    np.testing.assert_allclose(diagonal, one @ turn(45), atol=1e-12)
+    assert np.sum(none**2) == pytest.approx(np.sum(one**2))
+    assert one.std(0) == pytest.approx([5, 1], rel=0.1)
+    assert none.std(0)[0] == pytest.approx(none.std(0)[1], rel=0.1)
+    for axes in shared("rotation_2d").figure.axes[:2]:
+        assert max(np.abs(cloud @ turn(theta)).max() for cloud in (none, one, diagonal) for theta in range(0, 91, 5)) \
+            < axes.get_xlim()[1] == axes.get_ylim()[1] == -axes.get_xlim()[0] == -axes.get_ylim()[0]
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("outlier", CLOUDS)
+def test_a_quarter_turn_exchanges_the_channels(outlier, bits):
+    none, quarter = (put("rotation_2d", {"theta": theta, "bits": bits, "outlier": outlier}).readout
+                     for theta in (0, 90))
+    for readout in (none, quarter):
+        assert readout["error_percent"] == pytest.approx(readout["without_rotation_percent"], rel=1e-9)
+    for key in ("max", "kurtosis", "error_percent"):
+        assert quarter[key] == pytest.approx(none[key], rel=1e-9)
+    if outlier != NO_AXIS:  # the clouds are 45° apart
+        other = ONE_AXIS if outlier == DIAGONAL else DIAGONAL
+        turned = put("rotation_2d", {"theta": 45, "bits": bits, "outlier": other}).readout
+        for key in ("max", "kurtosis", "error_percent"):
+            assert turned[key] == pytest.approx(none[key], rel=1e-9)
+
+
+@pytest.mark.parametrize("bits", range(4, 9))
+def test_no_rotation_is_best_for_all_data(bits):
+    def ratio(outlier):
+        readout = put("rotation_2d", {"theta": 45, "bits": bits, "outlier": outlier}).readout
+        return readout["error_percent"] / readout["without_rotation_percent"]
+
+    assert ratio(ONE_AXIS) < 0.8
+    assert ratio(DIAGONAL) > 1.25
+    assert 0.9 < ratio(NO_AXIS) < 1.1
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("outlier", CLOUDS)
+def test_the_best_angle(outlier, bits):
+    explorer = put("rotation_2d", {"theta": 10, "bits": bits, "outlier": outlier})
+    explorer.press("best θ")
+    theta, best = explorer.controls["theta"].value, explorer.readout["error_percent"]
+    assert explorer.controls["bits"].value == bits
+    assert theta == int(theta)
+    for angle in range(0, 91):
+        explorer.controls["theta"].value = angle
+        assert explorer.readout["error_percent"] >= best * (1 - 1e-9)
+
+
+# a real layer
+
+
+@lru_cache(16)
+def matrix(rotate, n, seed):
+    if rotate == NONE:
+        return np.eye(n)
+    if rotate == HADAMARD:
+        return hadamard(n, torch.float64).numpy() / np.sqrt(n)
+    return (random_hadamard if rotate == RANDOM_HADAMARD else random_orthogonal)(n, seed, torch.float64).numpy()
+
+
+def quantized(x, bits, granularity):
+    """x̂ and the step of each token."""
+    parts = x.reshape(1, -1) if granularity == "tensor" else x
+    alpha, beta = np.minimum(parts.min(1), 0)[:, None], np.maximum(parts.max(1), 0)[:, None]
+    s = np.where(beta > alpha, (beta - alpha) / (2**bits - 1), 1)
+    z = -np.rint(alpha / s)
+    return s * ((np.rint(x / s) + z).clip(0, 2**bits - 1) - z), s
+
+
+def product(a, b):
+    return (torch.tensor(a) @ torch.tensor(b)).numpy()  # in one thread
+
+
+def assert_reads_and_shows(explorer, x, w, matrices):
+    """``matrices``: of each rotation, None where it does not fit."""
+    setting = {name: control.value for name, control in explorer.controls.items()}
+    x, w = x.astype(np.float64), w.astype(np.float64)
+    y = product(x, w.T)
+    size = np.linalg.norm(y, axis=1)
+    errors = {}
+    for name, r in matrices.items():
+        if r is not None:
+            turned = product(x, r)
+            x_hat, s = quantized(turned, setting["bits"], setting["granularity"])
+            wrong = np.linalg.norm(product(product(x_hat, r.T), w.T) - y, axis=1)
+            errors[name] = 100 * wrong[size > 0] / size[size > 0]
+            if name == setting["rotate"]:
+                now, now_hat, steps = turned, x_hat, s
+    mean = {name: error.mean() for name, error in errors.items()}
+    constant = now.min() == now.max()
+    assert explorer.readout == pytest.approx({
+        "max": np.abs(now).max(), "kurtosis": np.nan if constant else scipy.stats.kurtosis(now, None, fisher=False),
+        "output_error_percent": mean[setting["rotate"]], "worst_token_percent": errors[setting["rotate"]].max(),
+        "without_rotation_percent": mean[NONE],
+        "to_zero_percent": 100 * np.mean(now_hat[now != 0] == 0)}, rel=5e-3, abs=1e-3, nan_ok=True)
+
+    profile, histogram, bars = explorer.figure.axes
+    before, after, *halves = profile.lines
+    np.testing.assert_allclose(before.get_ydata()[1::3], np.abs(x).max(0), rtol=1e-6)
+    low, high = profile.get_ylim()
+    assert 0 < low < np.abs(now).max() < high
+    np.testing.assert_allclose(after.get_ydata(), np.abs(now).max(0), rtol=1e-4, atol=1e-6 * np.abs(x).max())
+    np.testing.assert_array_equal(after.get_xdata(), np.arange(x.shape[1]) + 0.5)
+    line, curve = histogram.lines
+    for half in (*halves, line):
+        heights = half.get_ydata()[~np.isnan(half.get_ydata())]
+        assert heights == pytest.approx([steps.min() / 2] * 2 + [steps.max() / 2] * 2, rel=1e-4)
+    counts, edges = curve.get_xdata()[::2], np.append(curve.get_ydata()[::2], curve.get_ydata()[-1])
+    assert len(edges) == 61
+    of_now, of_before = (np.histogram(np.abs(a), edges)[0] for a in (now, x))
+    assert np.abs(counts - of_now.clip(0.7)).sum() <= 4 + 1e-3 * x.size  # float32 moves some over an edge
+    (area,) = histogram.collections
+    corners = area.get_paths()[0].vertices
+    for lower, upper, count in zip(edges, edges[1:], of_before, strict=False):
+        inside = corners[(corners[:, 1] >= lower * 0.999) & (corners[:, 1] <= upper * 1.001), 0]
+        assert inside == pytest.approx(inside) and (np.abs(inside - max(count, 0.7)) <= 2).any()
+    assert histogram.get_ylim() == profile.get_ylim()
+    assert counts.max() < histogram.get_xlim()[1]
+
+    *lines, worst = bars.lines
+    for line, text, name in zip(lines, bars.texts, matrices, strict=True):
+        end = np.clip(mean[name], 0.03, 300) if name in mean else 0.03
+        assert tuple(line.get_xdata()) == pytest.approx((0.03, end), rel=5e-3)
+        chosen = name == setting["rotate"]
+        assert to_rgba(line.get_color()) == to_rgba(VERMILION if chosen else GREY)
+        assert text.get_fontweight() == ("bold" if chosen else "normal")
+        label, value = text.get_text().split(": ")
+        assert label == name
+        if name in mean:
+            assert float(value.removesuffix(" %")) == pytest.approx(mean[name], rel=0.056, abs=1e-3)
+        else:
+            assert value == "does not fit"
+    np.testing.assert_allclose(worst.get_xdata(), np.clip([e.max() for e in errors.values()], 0.03, 300), rtol=5e-3)
+    assert list(worst.get_ydata()) == [i for i, name in enumerate(matrices) if name in errors]
+
+
+ALL_PAIRS = list(pairwise(place=PLACES, rotate=BUILT_IN, seed=(0, 1, 9), bits=range(2, 9),
+                          granularity=("tensor", "token")))
+ALL_PAIRS.sort(key=lambda setting: PLACES.index(setting["place"]))  # a new place draws a new background
+
+
+@pytest.mark.parametrize("setting", ALL_PAIRS, ids=lambda setting: " ".join(map(str, setting.values())))
+def test_rotation_reads_and_shows_what_numpy_computes(setting):
+    x, w = PRODUCTS[setting["place"]]
+    matrices = {name: matrix(name, x.shape[1], setting["seed"]) for name in BUILT_IN}
+    assert_reads_and_shows(put("rotation", setting), x, w, matrices)
+
+
+def test_each_value_meets_each_other():
+    seen = {pair for row in ALL_PAIRS for pair in itertools.combinations(row.items(), 2)}
+    assert len(seen) == sum(a * b for a, b in itertools.combinations([4, 4, 3, 7, 2], 2))
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("rotate", BUILT_IN)
+def test_a_rotation_keeps_lengths_and_products(place, rotate):
+    explorer = put("rotation", {"place": place})
+    x, w = PRODUCTS[place]
+    turned = explorer._compute(**START["rotation"] | {"place": place, "rotate": rotate, "seed": 1}).turned
+    r = matrix(rotate, x.shape[1], 1)
+    largest = np.abs(x).max()
+    np.testing.assert_allclose(turned.x.norm(dim=1).numpy(), np.linalg.norm(x, axis=1), rtol=1e-5)
+    np.testing.assert_allclose(product(turned.x.double().numpy(), r.T), x, atol=1e-5 * largest)
+    y = product(x, w.T)
+    np.testing.assert_allclose((turned.x @ turned.w.T).numpy(), y, atol=1e-5 * np.abs(y).max())
+
+
+def test_only_random_rotations_have_a_seed():
+    explorer = put("rotation", {})
+    seed = explorer.controls["seed"]
+    assert seed.disabled
+    for name in (RANDOM_HADAMARD, RANDOM_ORTHOGONAL):
+        explorer.controls["rotate"].value = name
+        assert not seed.disabled
+        explorer.set(place=PLACES[3], bits=5)
+        assert not seed.disabled
+        explorer.controls["rotate"].value = NONE
+        assert seed.disabled
+        explorer.set(rotate=name)
+        explorer.set(rotate=HADAMARD)
+        assert seed.disabled
+    for name in (NONE, HADAMARD):
+        readouts = []
+        for value in (0, 5, 9):
+            explorer.set(rotate=name, seed=value)
+            readouts.append(explorer.readout)
+        assert readouts[0] == readouts[1] == readouts[2]
+
+
+def test_what_rotations_do_and_what_they_do_not():
+    def error(**setting):
+        return put("rotation", setting).readout["output_error_percent"]
+
+    for place, rotate in itertools.product(PLACES, BUILT_IN[1:]):
+        assert error(place=place, rotate=rotate) < 0.65 * error(place=place)
+    massive = {"place": (11, "down_in"), "granularity": "tensor", "bits": 8}
+    assert all(error(**massive, rotate=rotate) > 90 for rotate in BUILT_IN)
+    one_channel = {"place": (29, "mlp_in"), "granularity": "tensor"}
+    assert error(**one_channel, rotate=RANDOM_ORTHOGONAL) > 2 * error(**one_channel, rotate=HADAMARD)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_bits_to_start_with(bits):
+    explorer = rotation({PLACES[0]: PRODUCTS[PLACES[0]]}, bits)
+    assert explorer.controls["bits"].value == bits
+    assert explorer.readout == put("rotation", {"bits": bits}).readout
+
+
+# places and rotations of one's own
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("tokens, channels, outputs", [(7, 64, 5), (1, 16, 3), (300, 8, 4), (3, 256, 1), (9, 2, 2)])
+def test_powers_of_two(tokens, channels, outputs):
+    x, w = own(tokens, channels, outputs)
+    explorer = rotation({(3, "o_in"): (x, w)})
+    h = scipy.linalg.hadamard(channels) / np.sqrt(channels)
+    matrices = {name: h if name == HADAMARD else matrix(name, channels, 2) for name in BUILT_IN}
+    for rotate, granularity in itertools.product(BUILT_IN, ("tensor", "token")):
+        explorer.set(rotate=rotate, granularity=granularity, seed=2, bits=5)
+        assert_reads_and_shows(explorer, x, w, matrices)
+    assert not explorer.errors
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("tokens, channels", [(7, 100), (1, 3), (9, 1)])
+def test_where_no_hadamard_matrix_fits(tokens, channels):
+    x, w = own(tokens, channels)
+    explorer = rotation({(3, "o_in"): (x, w), (4, "o_in"): own(2, 8)})
+    fit = channels == 1
+    matrices = {name: matrix(name, channels, 0) if fit or name in (NONE, RANDOM_ORTHOGONAL) else None
+                for name in BUILT_IN}
+    for rotate, granularity in itertools.product((NONE, RANDOM_ORTHOGONAL), ("tensor", "token")):
+        explorer.set(rotate=rotate, granularity=granularity)
+        assert_reads_and_shows(explorer, x, w, matrices)
+    if fit:
+        return
+    for rotate in (HADAMARD, RANDOM_HADAMARD):
+        with pytest.raises(ValueError, match=f"rotation '{rotate}' does not fit layer 3, input of o: .*got {channels}"):
+            explorer.set(rotate=rotate)
+        assert "does not fit layer 3, input of o" in message(explorer)
+    explorer.set(place=(4, "o_in"))
+    assert not message(explorer)
+    with pytest.raises(ValueError, match="does not fit layer 3"):
+        explorer.set(place=(3, "o_in"))
+    explorer.set(rotate=NONE)
+    assert not message(explorer)
+
+
+@pytest.mark.filterwarnings("error")
+def test_constant_channels_and_tokens_of_zeros():
+    x, w = own(6, 64)
+    x[:, 3], x[:, 5], x[:, 9], x[2] = 4.5, -0.25, 0, 0
+    explorer = rotation({(0, "attn_in"): (x, w)})
+    for rotate, granularity in itertools.product(BUILT_IN, ("tensor", "token")):
+        explorer.set(rotate=rotate, granularity=granularity)
+        assert_reads_and_shows(explorer, x, w, {name: matrix(name, 64, 0) for name in BUILT_IN})
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("convert", [
+    np.array, torch.tensor, np.ndarray.tolist, read_only, np.asfortranarray,
+    lambda a: torch.nn.Parameter(torch.tensor(a)), lambda a: a.astype(np.float32),
+], ids=["float64", "torch", "list", "read-only", "columns first", "parameter", "float32"])
+def test_rotations_of_ones_own(convert):
+    narrow, wide = own(6, 48), own(5, 64)
+    r = scipy.stats.ortho_group.rvs(48, random_state=np.random.default_rng(0))
+    given = {"mine": convert(r), "as is": convert(np.eye(64))}
+    explorer = rotation({(0, "attn_in"): narrow, (1, "attn_in"): wide}, rotations=given)
+    assert explorer.controls["rotate"].options == (*BUILT_IN, "mine", "as is")
+    given.clear()
+    builtin = {name: matrix(name, 48, 0) for name in BUILT_IN}
+    assert_reads_and_shows(explorer, *narrow, builtin | {"mine": r, "as is": None})
+    explorer.set(rotate="mine")
+    assert explorer.controls["seed"].disabled
+    assert_reads_and_shows(explorer, *narrow, builtin | {"mine": r, "as is": None})
+    with pytest.raises(ValueError, match="rotation 'mine' does not fit layer 1, attention input: it has 48 channels, "
+                                         "the place has 64"):
+        explorer.set(place=(1, "attn_in"))
+    explorer.set(rotate="as is")
+    builtin = {name: matrix(name, 64, 0) for name in BUILT_IN}
+    assert_reads_and_shows(explorer, *wide, builtin | {"mine": None, "as is": np.eye(64)})
+    as_is = explorer.readout
+    explorer.set(rotate=NONE)
+    assert explorer.readout == as_is
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_data_is_left_alone_and_may_change_later(kind):
+    x, w, r = map(kind, (*own(6, 64), scipy.stats.ortho_group.rvs(64, random_state=np.random.default_rng(0))))
+    kept = [np.asarray(a).copy() for a in (x, w, r)]
+    explorer = rotation({(0, "attn_in"): (x, w), (1, "attn_in"): (x, w)}, rotations={"mine": r})
+    explorer.set(rotate="mine")
+    before = explorer.readout
+    for a, b in zip((x, w, r), kept, strict=True):
+        np.testing.assert_array_equal(a, b)
+    x *= 3
+    w *= 2
+    r *= 0
+    explorer.set(place=(1, "attn_in"))
+    assert explorer.readout == before
+
+
+def test_any_rotation_stays_in_the_picture():
+    x, w = own(20, 64)
+    longest = x[np.linalg.norm(x, axis=1).argmax()]
+    r = scipy.linalg.qr(np.column_stack([longest, np.eye(64)[:, 1:]]))[0]  # all of this token in one channel
+    explorer = rotation({(0, "attn_in"): (x, w)}, rotations={"worst": r})
+    explorer.set(rotate="worst")
+    assert explorer.readout["max"] == pytest.approx(np.linalg.norm(longest), rel=1e-5)
+    profile, histogram, _ = explorer.figure.axes
+    assert profile.lines[1].get_ydata().max() < profile.get_ylim()[1]
+    assert histogram.lines[1].get_xdata()[-20:].max() >= 1
+
+
+def test_few_and_many_bars_do_not_overlap():
+    x, w = own(6, 16)
+    for count in (0, 3, 6):
+        explorer = rotation({(0, "a"): (x, w)}, rotations={f"my rotation {i}": np.eye(16) for i in range(count)})
+        renderer = explorer._canvas.get_renderer()
+        bars = explorer.figure.axes[2]
+        boxes = [text.get_window_extent(renderer) for text in bars.texts]
+        assert all(above.y0 > below.y1 for above, below in itertools.pairwise(boxes))
+        assert max(box.x1 for box in boxes) < explorer.figure.bbox.x1
+
+
+X, W = own(4, 8)
+
+
+@pytest.mark.parametrize("places, part", [
+    ({}, "places must hold at least one pair"), ([(X, W)], "places must be a dict of .*got "),
+    ({(0, "a"): (X, W[:, :7])}, r"got \(4, 8\) and \(5, 7\)"), ({(0, "a"): (X + np.inf, W)}, "x must be finite"),
+    ({(0, "a"): (0 * X, W)}, "not all 0"),
+])
+def test_bad_places(places, part):
+    with pytest.raises(ValueError, match=part):
+        rotation(places)
+
+
+@pytest.mark.parametrize("bits", [1, 9, 4.5, "4", None])
+def test_bad_bits(bits):
+    with pytest.raises(ValueError, match=f"bits must be an integer from 2 to 8, got {bits!r}"):
+        rotation({(0, "a"): (X, W)}, bits)
+
+
+@pytest.mark.parametrize("rotations, part", [
+    (3, "rotations must be a dict of names to matrices, got 3"), ([np.eye(8)], "rotations must be a dict"),
+    (np.eye(8), "rotations must be a dict"), ({3: np.eye(8)}, "names of their own, got 3"),
+    ({"": np.eye(8)}, "names of their own, got ''"), ({NONE: np.eye(8)}, "names of their own, got 'none'"),
+    ({RANDOM_HADAMARD: np.eye(8)}, "names of their own, got 'random Hadamard'"),
+    ({"r": np.eye(7)}, r"rotations\['r'\] must be of shape \(8, 8\), got \(7, 7\)"),
+    ({"r": np.eye(8)[:7]}, r"must be of shape \(8, 8\), got \(7, 8\)"), ({"r": np.eye(8)[None]}, r"got \(1, 8, 8\)"),
+    ({"r": np.eye(8)[0]}, r"got \(8,\)"), ({"r": 1.0}, r"got \(\)"), ({"r": None}, "must be an array of real numbers"),
+    ({"r": 2 * np.eye(8)}, r"rotations\['r'\] must be orthogonal, .* got 3"),
+    ({"r": np.ones((8, 8))}, "must be orthogonal"), ({"r": np.eye(8) * np.nan}, "must be finite, got 64 NaN"),
+    ({"fits": np.eye(8), "r": "text"}, r"rotations\['r'\] must be an array of real numbers"),
+    ({"r": np.zeros((0, 0))}, "must not be empty"),
+])
+def test_bad_rotations(rotations, part):
+    with pytest.raises(ValueError, match=part):
+        rotation({(0, "a"): (X, W)}, rotations=rotations)
+
+
+def test_a_rotation_for_one_of_several_places():
+    with pytest.raises(ValueError, match=r"must be of shape \(8, 8\) or \(64, 64\), got \(16, 16\)"):
+        rotation({(0, "a"): own(3, 64), (1, "a"): own(3, 8)}, rotations={"r": np.eye(16)})
+
+
+@pytest.mark.parametrize("name, control, value", [
+    ("rotation", "rotate", "learned"), ("rotation", "granularity", "channel"), ("rotation", "bits", 9),
+    ("rotation", "seed", 10), ("rotation_2d", "theta", 91), ("rotation_2d", "theta", -1), ("rotation_2d", "bits", 1),
+    ("rotation_2d", "outlier", "both"),
+])
+def test_a_bad_setting_is_told(name, control, value):
+    explorer = put(name, {})
+    before = explorer.readout, explorer.png()
+    with pytest.raises(ValueError, match=control):
+        explorer.set(**{control: value})
+    assert message(explorer)
+    assert (explorer.readout, explorer.png()) == before
+    explorer.errors.clear()
