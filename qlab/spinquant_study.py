@@ -66,9 +66,7 @@ def learned_rotation():
 
 
 def rotated(folded, method, seed, r1=None):
-    """The model of `fold_gains`, rotated by one of ``METHODS``; R1 of the learned one is given."""
-    if method == "none":
-        return folded
+    """The model of `fold_gains`, rotated by one of ``METHODS`` but "none"; R1 of the learned one is given."""
     if method.startswith("Hadamard"):
         r1 = random_hadamard(smollm.CHANNELS, seed)
     elif method.startswith("orthogonal"):
@@ -111,7 +109,8 @@ def main():
     rows = []
     for method, seed in tqdm([("none", 0), *product(METHODS[1:], SEEDS)]):
         r1 = learned(seed)[0].rotation if method.startswith("learned") else None
-        value = quantized_perplexity(rotated(folded, method, seed, r1), evaluation)
+        version = model if method == "none" else rotated(folded, method, seed, r1)
+        value = quantized_perplexity(version, evaluation)
         rows.append({"method": method, "seed": seed, "perplexity": round(value, 2)})
         tqdm.write(str(rows[-1]))
     cache = []

@@ -74,9 +74,9 @@ def check_hadamard(function):
     ✓ Right, up to 64 × 64.
     """
 
-    def build(block, start=1):
+    def build(block):
         def function(k):
-            h = np.array([[start]])
+            h = np.array([[1]])
             for _ in range(k):
                 h = np.block(block(h))
             return h

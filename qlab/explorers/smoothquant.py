@@ -153,10 +153,11 @@ def _draw(artists, peaks, result):
     if result.place != artists.place:  # a new background
         artists.place = result.place
         x, w = (peak.numpy() for peak in peaks[result.place])
-        for panel, line, peak, most in zip(artists.panels, artists.before, (x, w), (30 * x, x * w), strict=True):
+        both = x * w  # X / s and W · s lie between this, at one end of α, and 1, at the other
+        for panel, line, peak, more in zip(artists.panels, artists.before, (x, w), (30, 1), strict=True):
             line.set_data(np.arange(peak.size), peak)
-            panel.set(xlim=(0, peak.size),
-                      ylim=(max(peak.min() / 30, peak.max() * 1e-7), 3 * max(most.max(), peak.max())))
+            least, most = min(peak.min() / 30, both.min() / 3, 1 / 3), 3 * max(more * peak.max(), both.max(), 1)
+            panel.set(xlim=(0, peak.size), ylim=(max(least, most * 1e-9), most))
     for line, values in zip(artists.after, (result.x_absmax, result.w_absmax), strict=True):
         line.set_data(np.arange(values.size), values)
     artists.line.set_data(ALPHAS, np.clip(result.curve, _LEAST, _MOST))
