@@ -7,7 +7,7 @@ import struct
 import subprocess
 import sys
 from fractions import Fraction
-from functools import partial
+from functools import partial, reduce
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,7 +18,20 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from qlab import affine, calibration, digits, exercises, floats, integer, outliers, ptq, qat, samples
+from qlab import (
+    affine,
+    calibration,
+    digits,
+    exercises,
+    floats,
+    integer,
+    outliers,
+    ptq,
+    qat,
+    samples,
+    smoothquant,
+    spinquant,
+)
 from qlab.exercises import checking
 
 NOTEBOOKS = sorted(Path(__file__).parent.parent.joinpath("notebooks").glob("*.ipynb"))
@@ -146,6 +159,24 @@ def decomposed(x, w, threshold, *, large=has_outlier, scales=lambda x, w: (token
 def decomposed_value_by_value(x, w, threshold):
     large = abs(x) >= threshold
     return np.where(large, x, 0) @ w.T + decomposed(np.where(large, 0, x), w, threshold)
+
+
+def peaks(m):
+    return abs(m).max(0)
+
+
+def smoothing(x, w, alpha, *, of_x=peaks, of_w=peaks, powers=lambda alpha: (alpha, alpha - 1)):
+    """s of each channel, with one thing wrong."""
+    p, q = powers(alpha)
+    return of_x(x) ** p * of_w(w) ** q
+
+
+def hadamard(k, *, block=lambda h: [[h, h], [h, -h]]):
+    """Sylvester's matrix of order 2^k, with one thing wrong."""
+    h = np.array([[1]])
+    for _ in range(k):
+        h = np.block(block(h))
+    return h
 
 
 MISTAKES = [
@@ -318,9 +349,33 @@ MISTAKES = [
     ("decompose", partial(decomposed, large=lambda x, threshold: (abs(x) >= threshold).all(0)), "use any()"),
     ("decompose", partial(decomposed, large=lambda x, threshold: (x >= threshold).any(0)), "absolute value is missing"),
     ("decompose", decomposed_value_by_value, "Single values were taken out"),
+    ("smoothing_scales", lambda x, w, alpha: 1 / smoothing(x, w, alpha), "This is 1 / s"),
+    ("smoothing_scales", partial(smoothing, powers=lambda alpha: (-alpha, 1 - alpha)), "This is 1 / s"),
+    ("smoothing_scales", partial(smoothing, powers=lambda alpha: (1 - alpha, -alpha)), "have changed places"),
+    ("smoothing_scales", lambda x, w, alpha: smoothing(x, w, 1 - alpha), "have changed places"),
+    ("smoothing_scales", partial(smoothing, powers=lambda alpha: (alpha, 1 - alpha)), "The power of max|w| divides"),
+    ("smoothing_scales", partial(smoothing, powers=lambda alpha: (alpha, -alpha)), "1 − α, not α"),
+    ("smoothing_scales", partial(smoothing, powers=lambda alpha: (alpha, -1 - alpha)), "not 1 + α"),
+    ("smoothing_scales", partial(smoothing, of_x=lambda x: x.max(0), of_w=lambda w: w.max(0)),
+     "The absolute values are missing"),
+    ("smoothing_scales", partial(smoothing, of_x=lambda x: abs(x).max()), "over the whole matrix"),
+    ("smoothing_scales", partial(smoothing, of_x=lambda x: abs(x).mean(0), of_w=lambda w: abs(w).mean(0)),
+     "These are means"),
+    ("hadamard", lambda k: hadamard(k) / 2 ** (k / 2), "which is orthogonal"),
+    ("hadamard", partial(hadamard, block=lambda h: [[h / 2**0.5, h / 2**0.5], [h / 2**0.5, -h / 2**0.5]]),
+     "which is orthogonal"),
+    ("hadamard", lambda k: np.ones((2**k, 2**k)), "A minus is missing"),
+    ("hadamard", partial(hadamard, block=lambda h: [[h, h], [-h, h]]), "stands below left"),
+    ("hadamard", partial(hadamard, block=lambda h: [[h, -h], [h, h]]), "stands above right"),
+    ("hadamard", partial(hadamard, block=lambda h: [[-h, h], [h, h]]), "stands above left"),
+    ("hadamard", lambda k: hadamard(k + 1), "twice too large"),
+    ("hadamard", lambda k: hadamard(max(k, 1)), "beginning with [[1]]"),
+    ("hadamard", lambda k: hadamard(k - 1), "half too small"),
+    ("hadamard", lambda n: hadamard(int(math.log2(n))), "half too small"),
 ]
 CHECKS = ["decode", "encode", "spacing", "absmax", "zero_point", "quantize", "clipping_error", "percentile_range",
-          "best_range", "fold_batch_norm", "straight_through", "multiplier", "token_scales", "decompose"]
+          "best_range", "fold_batch_norm", "straight_through", "multiplier", "token_scales", "decompose",
+          "smoothing_scales", "hadamard"]
 
 
 def as_word(sign, exponent, mantissa):
@@ -515,6 +570,21 @@ RIGHT = [
     ("decompose", lambda x, w, threshold: outliers.decompose(torch.tensor(x), torch.tensor(w), threshold).product),
     ("decompose", lambda *given: outliers.decompose(*(torch.as_tensor(a).float() for a in given)).product),
     ("decompose", lambda x, w, threshold: decomposed(x, w, threshold, large=lambda x, t: abs(x).max(0) > t)),
+    ("smoothing_scales", smoothing),
+    ("smoothing_scales", lambda x, w, alpha: (peaks(x) / peaks(w)) ** alpha * peaks(w) ** (2 * alpha - 1)),
+    ("smoothing_scales", lambda x, w, alpha: [
+        max(map(abs, a)) ** alpha / max(map(abs, b)) ** (1 - alpha) for a, b in zip(x.T, w.T, strict=True)]),
+    ("smoothing_scales", lambda x, w, alpha: np.exp(alpha * np.log(peaks(single(x)[1]))
+                                                    - (1 - alpha) * np.log(peaks(single(w)[1])))),
+    ("smoothing_scales", lambda x, w, alpha: torch.tensor(x).abs().amax(0) ** alpha
+     / torch.tensor(w).abs().amax(0) ** (1 - alpha)),
+    ("smoothing_scales", lambda x, w, alpha: smoothquant.smoothing_scales(peaks(x), peaks(w), alpha)),
+    ("hadamard", hadamard),
+    ("hadamard", lambda k: hadamard(k).tolist()),
+    ("hadamard", lambda k: torch.tensor(hadamard(k), dtype=torch.float32)),
+    ("hadamard", lambda k: [[(-1) ** (i & j).bit_count() for j in range(2**k)] for i in range(2**k)]),
+    ("hadamard", lambda k: reduce(np.kron, k * [np.array([[1.0, 1.0], [1.0, -1.0]])], np.eye(1))),
+    ("hadamard", lambda k: spinquant.hadamard(2**k)),
 ]
 
 
@@ -541,7 +611,7 @@ def claimed():
     found = []
     with pytest.MonkeyPatch.context() as patch:
         for module in (exercises.floats, exercises.affine, exercises.calibration, exercises.networks,
-                       exercises.activations):
+                       exercises.activations, exercises.language_models):
             patch.setattr(module, "check", lambda _, cases, misconceptions, *rest, **options: misconceptions)
         for name in CHECKS:
             if name != "best_range":
@@ -634,6 +704,9 @@ def test_the_tiny_case_is_printed_and_survives_a_function_that_writes_to_it():
     ("token_scales", "For x = [[0.5, -14.0, 2.0], [1.0, 0.7, -0.35]], bits = 4: expected [2, 0.142857], "),
     ("decompose", "For x = [[0.3, 9.0, -1.0, -7.0], [-0.5, 0.4, 0.9, -8.0]], w = [[0.5, 0.2, -0.7, 0.1], [2.0, 1.0, "
                   "-3.0, 4.0]], threshold = 6: expected [1.95008, -15.3992, -1.60237, -35.3103], "),
+    ("smoothing_scales", "For x = [[1.0, -16.0, 0.5], [-2.0, 9.0, 0.25]], w = [[0.5, 1.0, -4.0], [-2.0, 0.25, 1.0]], "
+                         "alpha = 0.75: expected [1.41421, 8, 0.420448], "),
+    ("hadamard", "For k = 1: expected [1, 1, 1, -1], "),
 ])
 def test_the_first_case_is_tiny_and_tells_what_came(name, said):
     assert check(name, lambda *_: (7, 7.5)).text.split("\n")[0] == said + "your function gave (7, 7.5)."
@@ -674,6 +747,10 @@ def test_what_is_asked():
         outlying = has_outlier(np.array(x), threshold)
         assert np.shape(w)[1] == len(outlying) == {2: 4, 64: 576}[len(x)]
         assert 0 < sum(outlying) < 0.5 * len(outlying) or len(x) == 2
+    for x, w, alpha in asked("smoothing_scales", smoothing):
+        assert (np.shape(x), np.shape(w), alpha) in [((2, 3), (2, 3), 0.75), ((64, 576), (192, 576), 0.5)]
+        assert peaks(np.array(x)).all() and peaks(np.array(w)).all()
+    assert asked("hadamard", hadamard) == [(1,), (2,), (0,), (6,)]
     factors = [m for (m,) in asked("multiplier", safe_multiplier)]
     assert [multiplier(m)[1] for m in factors] == [1, 1, 7, 0, -1, -6, 0]
     assert [round(m * 2 ** (31 + multiplier(m)[1])) == 2**31 for m in factors] == [False] * 6 + [True]
@@ -784,7 +861,8 @@ def test_of_a_long_array_the_first_difference_is_told():
 
 @pytest.mark.parametrize("kind", [np.array, torch.tensor, np.float32], ids=["numpy", "torch", "float32"])
 def test_other_shapes_are_wrong(kind):
-    for name, right in (("token_scales", token_scales), ("decompose", decomposed)):
+    for name, right in (("token_scales", token_scales), ("decompose", decomposed), ("smoothing_scales", smoothing),
+                        ("hadamard", hadamard)):
         answers = [lambda y: y.T[..., None], lambda y: y[None], lambda y: y[1:], lambda y: y.sum()]
         assert check(name, lambda *given, right=right: kind(right(*given))).passed
         for answer in answers:

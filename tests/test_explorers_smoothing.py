@@ -1,0 +1,434 @@
+"""The live figures of lessons 06 and 07: smoothing against NumPy alone, and a watched rotation."""
+
+import asyncio
+import html
+import itertools
+from functools import lru_cache
+
+import numpy as np
+import pytest
+import torch
+
+from qlab.explorers import smoothing, watch_rotation
+from qlab.explorers.smoothquant import ALPHAS, OFF, PRINTED, RIGHT, TENSOR, VECTOR
+from qlab.spinquant import ProxyInputs, learn_rotation, proxy_loss
+from tests.test_explorers import assert_sound, message
+from tests.test_explorers_activations import (
+    PLACES,
+    PRODUCTS,
+    one_thread,  # noqa: F401
+    own,
+    pairwise,
+)
+
+START = {"place": PLACES[0], "direction": OFF, "alpha": 0.5, "per": TENSOR, "bits": 8}
+VALUES = {"place": PLACES, "direction": (OFF, RIGHT, PRINTED), "alpha": [round(0.05 * i, 2) for i in range(21)],
+          "per": (TENSOR, VECTOR), "bits": range(2, 9)}
+ALL_PAIRS = sorted(pairwise(**VALUES), key=lambda setting: PLACES.index(setting["place"]))
+X, W = own(4, 8)
+
+
+@lru_cache
+def shared():
+    return smoothing()
+
+
+def put(**setting):
+    shared().set(**START | setting)
+    return shared()
+
+
+# NumPy alone, in float64
+
+
+def scales(x, w, alpha, direction):
+    """Equation 4, with the least values of the published code; on the slides they multiply X."""
+    if direction == OFF:
+        return np.ones(x.shape[1])
+    a, m = np.abs(x).max(0), np.abs(w).max(0)
+    s = np.maximum(a**alpha / np.maximum(m, 1e-5) ** (1 - alpha), 1e-5)
+    return 1 / s if direction == PRINTED else s
+
+
+def on_grid(matrix, per, bits):
+    rows = matrix.reshape(1, -1) if per == TENSOR else matrix
+    step = np.abs(rows).max(1, keepdims=True) / (2 ** (bits - 1) - 1)
+    step[step == 0] = 1
+    return (np.rint(rows / step) * step).reshape(matrix.shape)
+
+
+def directly(x, w, *, alpha, direction, per, bits):
+    """The error of Y in percent, and the peaks of what is quantized."""
+    x, w = x.astype(np.float64), w.astype(np.float64)
+    s = scales(x, w, alpha, direction)
+    y, y_hat = x @ w.T, on_grid(x / s, per, bits) @ on_grid(w * s, per, bits).T
+    error = 100 * np.sqrt(((y_hat - y) ** 2).sum() / (y**2).sum())
+    return error, np.abs(x / s).max(0), np.abs(w * s).max(0)
+
+
+def assert_reads_and_shows(explorer, x, w, at=ALPHAS[[7, 16]]):
+    setting = {name: control.value for name, control in explorer.controls.items() if name != "place"}
+    now, x_peaks, w_peaks = directly(x, w, **setting)
+    off, *_ = directly(x, w, **setting | {"direction": OFF})
+    assert explorer.readout == pytest.approx({
+        "output_error_percent": now, "off_percent": off, "best_alpha": explorer.readout["best_alpha"],
+        "largest_x": x_peaks.max(), "largest_w": w_peaks.max()}, rel=2e-3, abs=1e-4)
+
+    x_panel, w_panel, curve = (next(axes for axes in explorer.figure.axes if words in axes.get_title())
+                               for words in ("|X|", "|W|", "error"))
+    for panel, matrix, peaks in ((x_panel, x, x_peaks), (w_panel, w, w_peaks)):
+        before, after = panel.lines
+        np.testing.assert_array_equal(before.get_ydata(), np.abs(matrix).max(0))
+        np.testing.assert_allclose(after.get_ydata(), peaks, rtol=1e-5)
+        for line in (before, after):
+            np.testing.assert_array_equal(line.get_xdata(), np.arange(x.shape[1]))
+
+    line, off_line, dot = curve.lines
+    shown = setting["direction"] if setting["direction"] != OFF else RIGHT
+    np.testing.assert_array_equal(line.get_xdata(), ALPHAS)
+    for alpha in at:
+        error, *_ = directly(x, w, **setting | {"alpha": alpha, "direction": shown})
+        assert line.get_ydata()[list(ALPHAS).index(alpha)] == pytest.approx(np.clip(error, 0.1, 200), rel=2e-3)
+    assert list(off_line.get_ydata()) == pytest.approx([np.clip(off, 0.1, 200)] * 2, rel=2e-3)
+    if setting["direction"] == OFF:
+        assert len(dot.get_xydata()) == 0
+    else:
+        assert dot.get_xydata()[0] == pytest.approx([setting["alpha"], np.clip(now, 0.1, 200)], rel=2e-3)
+
+
+# what ships
+
+
+@pytest.mark.parametrize("setting", ALL_PAIRS, ids=lambda setting: " ".join(map(str, setting.values())))
+def test_smoothing_reads_and_shows_what_numpy_computes(setting):
+    explorer = put(**setting)
+    assert_sound(explorer)
+    assert_reads_and_shows(explorer, *PRODUCTS[setting["place"]])
+    assert not explorer.errors
+
+
+def test_each_value_meets_each_other():
+    seen = {pair for row in ALL_PAIRS for pair in itertools.combinations(row.items(), 2)}
+    assert len(seen) == sum(len(a) * len(b) for a, b in itertools.combinations(VALUES.values(), 2))
+    assert len(ALL_PAIRS) < 250
+    for name, control in shared().controls.items():
+        if name == "place":
+            assert [value for _, value in control.options] == PLACES
+        elif name in ("alpha", "bits"):
+            assert (control.min, control.max) == (VALUES[name][0], VALUES[name][-1])
+        else:
+            assert control.options == VALUES[name]
+    assert shared().controls["alpha"].step == 0.05
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("direction", [RIGHT, PRINTED])
+def test_the_point_of_the_curve_at_alpha_is_the_readout(place, direction):
+    readouts, curves = [], []
+    for alpha in VALUES["alpha"]:
+        explorer = put(place=place, direction=direction, alpha=alpha)
+        readouts.append(explorer.readout["output_error_percent"])
+        curves.append(explorer._compute(**START | {"place": place, "direction": direction, "alpha": alpha}).curve)
+    np.testing.assert_allclose(curves, [readouts] * len(curves), rtol=1e-4)
+    assert explorer.readout["best_alpha"] == VALUES["alpha"][np.argmin(readouts)]
+    assert len(set(readouts)) > 5  # where the wrong direction loses all of Y it loses 100 % for many α
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("per", VALUES["per"])
+def test_off_does_not_smooth_whatever_alpha(place, per):
+    x, w = PRODUCTS[place]
+    kept = put(place=place, per=per).readout, shared().png()
+    assert kept[0]["output_error_percent"] == kept[0]["off_percent"]
+    assert (kept[0]["largest_x"], kept[0]["largest_w"]) == (np.abs(x).max(), np.abs(w).max())
+    for alpha in VALUES["alpha"]:
+        explorer = put(place=place, per=per, alpha=alpha)
+        assert (explorer.readout, explorer.png()) == kept
+        setting = {"place": place, "per": per, "alpha": alpha, "direction": RIGHT}
+        assert put(**setting).readout["off_percent"] == kept[0]["off_percent"]
+
+
+def test_alpha_needs_a_direction():
+    explorer = smoothing()
+    alpha = explorer.controls["alpha"]
+    assert alpha.disabled
+    for direction in (RIGHT, PRINTED):
+        explorer.controls["direction"].value = direction
+        assert not alpha.disabled
+        explorer.controls["alpha"].value = 0.7
+        explorer.controls["place"].value = PLACES[1]
+        assert not alpha.disabled
+        explorer.controls["direction"].value = OFF
+        assert alpha.disabled and alpha.value == 0.7
+
+
+def test_every_position_has_its_picture_whichever_way_it_is_reached():
+    pictures = {}
+    settings = [START | {"place": place, "direction": direction, "alpha": alpha, "per": per, "bits": bits}
+                for place in PLACES for direction in (RIGHT, PRINTED) for alpha, per, bits in (
+                    (0.2, TENSOR, 8), (0.8, TENSOR, 8), (0.8, VECTOR, 8), (0.8, TENSOR, 5))]
+    for setting in settings:
+        pictures[tuple(setting.values())] = put(**setting).png()
+    assert len(set(pictures.values())) == len(settings)
+    fresh = smoothing()
+    fresh.set(**settings[-3])
+    assert fresh.png() == pictures[tuple(settings[-3].values())]
+    assert fresh.readout == put(**settings[-3]).readout
+
+
+def test_smoothing_helps_in_one_direction_only():
+    for place in PLACES:
+        off = put(place=place).readout["off_percent"]
+        assert put(place=place, direction=RIGHT, alpha=0.5).readout["output_error_percent"] < off
+        assert put(place=place, direction=PRINTED, alpha=0.5).readout["output_error_percent"] > off
+
+
+def test_the_ends_of_alpha():
+    for direction, alpha, panel in ((RIGHT, 1, "|X|"), (RIGHT, 0, "|W|")):
+        axes = next(axes for axes in put(direction=direction, alpha=alpha).figure.axes if panel in axes.get_title())
+        np.testing.assert_allclose(axes.lines[1].get_ydata(), 1, rtol=1e-5)
+
+
+def test_words():
+    explorer = smoothing()
+    assert {name: control.value for name, control in explorer.controls.items()} == START
+    assert explorer.title and len(explorer.description) > 40
+    assert explorer.description in html.unescape(explorer.widget.children[1].value)
+    assert all(f"{key}: " in repr(explorer) for key in explorer.readout)
+
+
+def test_compute_draws_nothing():
+    explorer = put()
+    before = explorer.png()
+    results = [explorer._compute(**START | {"place": place, "direction": RIGHT}) for place in PLACES]
+    assert len({repr(explorer._read(result)) for result in results}) == len(PLACES)
+    assert not explorer.figure.stale
+    assert explorer._render() == before
+    explorer._background = None
+    assert explorer._render() == before
+
+
+# places of one's own
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("tokens, channels, outputs", [(7, 100, 5), (1, 1, 1), (1, 64, 3), (9, 1, 2), (500, 8, 4)])
+def test_one_place_of_ones_own(tokens, channels, outputs):
+    x, w = own(tokens, channels, outputs)
+    explorer = smoothing({(3, "my site"): (x, w)}, bits=4)
+    assert explorer.controls["bits"].value == 4
+    assert explorer.controls["place"].options == (("layer 3, my site", (3, "my site")),)
+    for direction, per, alpha in itertools.product(VALUES["direction"], VALUES["per"], (0.3, 1)):
+        explorer.set(direction=direction, per=per, alpha=alpha)
+        assert_reads_and_shows(explorer, x, w)
+    assert not explorer.errors
+
+
+@pytest.mark.filterwarnings("error")
+def test_channels_of_zeros():
+    x, w = own(6, 16)
+    x[:, 3], w[:, 5], x[:, 7], w[:, 7] = 0, 0, 0, 0
+    explorer = smoothing({(0, "attn_in"): (x, w)})
+    for direction, per, alpha in itertools.product(VALUES["direction"], VALUES["per"], (0, 0.5, 1)):
+        explorer.set(direction=direction, per=per, alpha=alpha)
+        assert_sound(explorer)
+        assert_reads_and_shows(explorer, x, w)
+
+
+@pytest.mark.parametrize("size_x", [1e-3, 1, 1e3])
+@pytest.mark.parametrize("size_w", [1e-3, 1, 1e3])
+def test_what_is_smoothed_lies_in_the_picture(size_x, size_w):
+    explorer = smoothing({(0, "attn_in"): (size_x * X, size_w * W)})
+    for alpha in VALUES["alpha"]:
+        explorer.set(direction=RIGHT, alpha=alpha)
+        for panel in explorer.figure.axes:
+            low, high = panel.get_ylim()
+            assert all(low <= np.min(line.get_ydata()) and np.max(line.get_ydata()) <= high for line in panel.lines)
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_data_is_left_alone_and_may_change_later(kind):
+    x, w = map(kind, own(6, 64))
+    kept = [a.tolist() for a in (x, w)]
+    explorer = smoothing({(0, "attn_in"): (x, w)})
+    explorer.set(direction=RIGHT, alpha=0.3)
+    before = explorer.readout
+    assert [a.tolist() for a in (x, w)] == kept
+    x *= 3
+    w *= 2
+    explorer.set(bits=4)
+    explorer.set(bits=8, alpha=0.35)
+    explorer.set(alpha=0.3)
+    assert explorer.readout == before
+
+
+@pytest.mark.parametrize("places, part", [
+    ({}, "places must hold at least one pair"), ([(X, W)], "places must be a dict of .*got "),
+    (3, "places must be a dict .* got 3"), ({3: (X, W)}, "places must be a dict"),
+    ({(0, "a"): (X, W, W)}, "places must be a dict"),
+    ({(0, "a"): (X[0], W)}, r"x \(tokens, channels\) .*got \(8,\) and \(5, 8\) at \(0, 'a'\)"),
+    ({(0, "a"): (X, W[:, :7])}, r"got \(4, 8\) and \(5, 7\)"), ({(0, "a"): (X[:0], W)}, "x must not be empty"),
+    ({(0, "a"): (X, W * np.nan)}, "w must be finite, got 40 NaN"), ({(0, "a"): (X + np.inf, W)}, "x must be finite"),
+    ({(0, "a"): (["text"], W)}, "x must be an array of real numbers"),
+    ({(0, "a"): (0 * X, W)}, "not all 0.* at "), ({(0, "a"): (X, W), (1, "b"): (X, W[0])}, r"at \(1, 'b'\)"),
+])
+def test_bad_places(places, part):
+    with pytest.raises(ValueError, match=part):
+        smoothing(places)
+
+
+@pytest.mark.parametrize("bits", [1, 9, 4.5, "4", None])
+def test_bad_bits(bits):
+    with pytest.raises(ValueError, match=f"bits must be an integer from 2 to 8, got {bits!r}"):
+        smoothing(bits=bits)
+
+
+@pytest.mark.parametrize("control, value", [("direction", "left"), ("alpha", 1.1), ("alpha", -0.1), ("per", "row"),
+                                            ("bits", 9), ("place", (0, "a"))])
+def test_a_bad_setting_is_told(control, value):
+    explorer = put()
+    before = explorer.readout, explorer.png()
+    with pytest.raises(ValueError, match=control):
+        explorer.set(**{control: value})
+    assert message(explorer)
+    assert (explorer.readout, explorer.png()) == before
+    explorer.errors.clear()
+
+
+# a rotation is learned
+
+
+EYE = torch.eye(4)
+SPREAD = torch.tensor([9.0, 1.0, 1.0, 1.0])
+INPUTS, HELD_OUT = (ProxyInputs(torch.randn(200, 4, generator=torch.Generator().manual_seed(seed)) * SPREAD,
+                                torch.ones(200)) for seed in (0, 1))
+
+
+def measure(rotation):
+    return proxy_loss(EYE if rotation is None else rotation, HELD_OUT)
+
+
+def learning():
+    return learn_rotation(INPUTS, start=EYE, steps=12)
+
+
+@lru_cache
+def unwatched():
+    return list(learning())
+
+
+def in_a_cell(run, body=lambda step: None):
+    async def cell():
+        async for step in run:
+            body(step)
+    asyncio.run(cell())
+
+
+def assert_as_unwatched(run, measured_at):
+    expected = [{"step": 0, "held_out": measure(None).item()}]
+    for step in unwatched():
+        deviation = np.abs(step.rotation.T.numpy() @ step.rotation.numpy() - np.eye(4)).max()
+        expected.append({"step": step.step, "loss": step.loss, "orthogonality": pytest.approx(deviation, abs=1e-6)})
+        if step.step in measured_at:
+            expected[-1]["held_out"] = measure(step.rotation).item()
+    assert run.history == expected
+    assert not run.explorer.errors
+
+    last = run.history[-1]
+    assert run.explorer.readout == {name: pytest.approx(value, rel=1e-3) for name, value in last.items()}
+    left, right = run.explorer.figure.axes
+    for line, name in ((left.lines[0], "loss"), (left.lines[1], "held_out"), (right.lines[0], "orthogonality")):
+        points = [(record["step"], max(record[name], 1e-8)) for record in run.history if name in record]
+        np.testing.assert_allclose(line.get_xydata(), points, rtol=1e-6)
+    assert list(left.lines[2].get_ydata()) == [run.history[0]["held_out"]] * 2
+    assert left.get_xlim() == right.get_xlim() == (0, 12)
+    assert right.get_yscale() == "log"
+
+
+@pytest.mark.parametrize("every, measured_at", [(1, range(13)), (5, [5, 10, 12]), (100, [12])])
+@pytest.mark.parametrize("plain", [True, False])
+def test_watching_a_rotation_changes_nothing(plain, every, measured_at):
+    run, seen = watch_rotation(learning(), measure, every=every), []
+    assert len(run) == 12
+    if plain:
+        seen.extend(run)
+    else:
+        in_a_cell(run, seen.append)
+    assert len(run) == 0
+    for ours, theirs in zip(seen, unwatched(), strict=True):
+        assert ours.step == theirs.step
+        assert torch.equal(ours.rotation, theirs.rotation)
+    assert_as_unwatched(run, measured_at)
+    assert run.history[-1]["held_out"] < run.history[0]["held_out"]
+
+
+def test_the_present_rotation_is_measured():
+    measured = []
+    run = watch_rotation(learning(), lambda rotation: float(measured.append(rotation) or 1), every=4)
+    list(run)
+    assert measured[0] is None
+    for rotation, step in zip(measured[1:], (4, 8, 12, 12), strict=True):
+        assert torch.equal(rotation, unwatched()[step - 1].rotation)
+
+
+def test_the_picture_of_a_rotation_follows():
+    run, pictures = watch_rotation(learning(), measure, every=4), []
+    for step in run:
+        pictures.append(run.explorer.png())
+        assert run.explorer.readout["step"] == step.step // 4 * 4
+    assert len(set(pictures)) == 4  # before the first measurement, and after each of three
+
+
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("how", ["click", "call"])
+def test_stop_and_go_on(plain, how):
+    run, seen = watch_rotation(learning(), measure, every=5), []
+    button = run.explorer.widget.children[0].children[0]
+
+    def stop_at_7(step):
+        seen.append(step.step)
+        assert not button.disabled
+        if step.step == 7:
+            button.click() if how == "click" else run.stop()
+
+    for last in (7, 12):
+        if plain:
+            for step in run:
+                stop_at_7(step)
+        else:
+            in_a_cell(run, stop_at_7)
+        assert seen == list(range(1, last + 1))
+        assert len(run) == 12 - last
+        assert button.disabled
+        assert run.explorer.readout["step"] == last
+    assert_as_unwatched(run, [5, 7, 10, 12])
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, True, "1", None])
+def test_bad_every(every):
+    with pytest.raises(ValueError, match=f"every must be an integer of at least 1, got {every!r}"):
+        watch_rotation(learning(), measure, every=every)
+
+
+def test_steps_without_a_length():
+    with pytest.raises(ValueError, match=r"steps must have a length.*got generator"):
+        watch_rotation((step for step in learning()), measure)
+
+
+@pytest.mark.parametrize("loss", [np.nan, np.inf, -1.0])
+def test_a_loss_that_diverges_is_told(loss):
+    steps = unwatched()[:3]
+    run = watch_rotation([*steps[:2], steps[2]._replace(loss=loss)], measure)
+    assert [next(run).step, next(run).step] == [1, 2]
+    with pytest.raises(ValueError, match=r"loss must be at least 0 and finite, got .* at step 3"):
+        next(run)
+    assert [record["step"] for record in run.history] == [0, 1, 2]
+
+
+def test_an_error_of_a_measurement_is_raised():
+    with pytest.raises(ZeroDivisionError):
+        watch_rotation(learning(), lambda rotation: 1 / 0)
+    run = watch_rotation(learning(), lambda rotation: 1 if rotation is None else 1 / 0, every=2)
+    next(run)
+    with pytest.raises(ZeroDivisionError):
+        next(run)
