@@ -423,16 +423,14 @@ def torch_int8(model, *, per_channel=False, in_float=()):
     names = [name for readers in READERS.values() for name in readers]
     if unknown := set(in_float) - set(names):
         raise ValueError(f"in_float must be of {', '.join(names)}, got {', '.join(map(repr, sorted(unknown)))}")
+    copy = reweighted(model, {}, "torch int8")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         quantization = torch.ao.quantization
         config = quantization.per_channel_dynamic_qconfig if per_channel else quantization.default_dynamic_qconfig
-        chosen = {f"{layer}.{name}": config
+        chosen = {f"blocks.{layer}.{name}": config
                   for layer in range(len(model.blocks)) for name in names if name not in in_float}
-        blocks = quantization.quantize_dynamic(model.blocks, chosen)
-    copy = reweighted(model, {}, "torch int8")
-    copy.blocks = blocks
-    return copy
+        return quantization.quantize_dynamic(copy, chosen, inplace=True)
 
 
 @contextmanager

@@ -275,7 +275,9 @@ def rotate(model, r1, r2=None, *, r4=False, check=True):
     if r2 is not None:
         r2 = _check_orthogonal(r2, "r2", HEAD_CHANNELS, len(model.blocks))
         r2 = r2.expand(len(model.blocks), -1, -1)
-    weights = {f"{name}.weight": getattr(model, name).weight.double() @ r1 for name in ("embedding", "head")}
+    dtype = model.embedding.weight.dtype
+    weights = {f"{name}.weight": (getattr(model, name).weight.double() @ r1).to(dtype)
+               for name in ("embedding", "head")}
     for i, block in enumerate(model.blocks):
         w = {name: getattr(block, name).weight.double() for names in READERS.values() for name in names}
         w |= {name: w[name] @ r1 for name in ("q", "k", "v", "gate", "up")}
@@ -285,8 +287,7 @@ def rotate(model, r1, r2=None, *, r4=False, check=True):
             w["o"] = (w["o"].unflatten(1, (-1, HEAD_CHANNELS)) @ r2[i]).flatten(1)
         if r4:
             w["down"] = fast_hadamard(w["down"])
-        weights |= {f"blocks.{i}.{name}.weight": weight for name, weight in w.items()}
-    weights = {name: weight.to(model.embedding.weight.dtype) for name, weight in weights.items()}
+        weights |= {f"blocks.{i}.{name}.weight": weight.to(dtype) for name, weight in w.items()}
     names = ["R1", *["R2"] * (r2 is not None), *["R4"] * r4]
     return reweighted(model, weights, f"rotated by {', '.join(names)}")
 

@@ -87,8 +87,7 @@ def test_lesson_06_smoothed_statistics_are_those_of_the_smoothed_model(llm):
 
 
 def test_lesson_06_the_circle_closes(llm, exact):
-    smoothed = smoothquant.smooth(llm[0], llm[1], {"attn_in": 0.7, "mlp_in": 0.7, "down_in": 0.75},
-                                  sites=smoothquant.PAIRS)
+    smoothed = smoothquant.smooth(llm[0], llm[1], 0.7, sites=smoothquant.PAIRS)
     assert perplexity(llm, {}, smollm.torch_int8(smoothed, per_channel=True)) < 1.25 * exact
     assert perplexity(llm, {}, smollm.torch_int8(smoothed)) > 1.5 * exact  # one scale per matrix
 

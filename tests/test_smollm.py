@@ -151,7 +151,9 @@ def contents(folder):
 def start(code, cache, **environment):
     """A Python process that runs ``code``, in which ``smollm`` is imported."""
     lines = [line.removeprefix(" " * 12) for line in code.strip("\n").splitlines()]
-    return subprocess.Popen([sys.executable, "-c", "from qlab import smollm\n" + "\n".join(lines)],
+    lines = ["import signal", "signal.signal(signal.SIGINT, signal.default_int_handler)",  # a job in the background
+             "from qlab import smollm", *lines]  # may have begun with SIGINT ignored
+    return subprocess.Popen([sys.executable, "-c", "\n".join(lines)],
                             env=os.environ | {"QLAB_CACHE": str(cache), "PIP_NO_INDEX": "1"} | environment,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
