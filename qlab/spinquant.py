@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from qlab.affine import check_bits, real_array
 from qlab.outliers import capture, dynamic_quantizers
 from qlab.smollm import HEAD_CHANNELS, LAYERS, READERS, check_tokens, reweighted
-from qlab.training import _Run
+from qlab.training import Steps
 
 _PALEY = (12, 20)
 _BUTTERFLIES = 32  # five levels of two-point butterflies in one small product: fewer passes through memory
@@ -621,7 +621,7 @@ def learn_rotation(inputs, *, start, steps=200, lr=1.5, batch_size=4096, seed=0)
             deviation = (rotation.T @ rotation - identity).abs().max().item()
             yield RotationStep(step, steps, loss.item(), deviation, optimizer.state[r]["step_size"], rotation)
 
-    return _Run(run(), steps)
+    return Steps(run(), steps)
 
 
 @lru_cache

@@ -90,11 +90,23 @@ def train(model, images, labels, *, epochs, lr, seed, batch_size=64):
                 step += 1
                 yield Step(step, steps, loss.item())
 
-    return _Run(run(), steps)
+    return Steps(run(), steps)
 
 
-class _Run(Iterator):
-    """A generator with a length, so that tqdm knows the end."""
+class Steps(Iterator):
+    """A generator with a length, so that tqdm knows the end.
+
+    Parameters
+    ----------
+    generator : generator
+    length : int
+        How many items it gives.
+
+    Examples
+    --------
+    >>> len(Steps(iter("abc"), 3))
+    3
+    """
 
     def __init__(self, generator, length):
         self._generator, self._length = generator, length
