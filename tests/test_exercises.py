@@ -179,6 +179,12 @@ def hadamard(k, *, block=lambda h: [[h, h], [h, -h]]):
     return h
 
 
+def cayley(a, step):
+    """On the imaginary axis, where the eigenvalues are."""
+    values, vectors = np.linalg.eig(a)
+    return (vectors * ((1 + step / 2 * values) / (1 - step / 2 * values)) @ np.linalg.inv(vectors)).real
+
+
 MISTAKES = [
     ("decode", partial(value, leading=0.0), "leading 1 is missing"),
     ("decode", partial(value, bias=0), "133 means 2**(133 − 127)"),
@@ -361,6 +367,8 @@ MISTAKES = [
     ("smoothing_scales", partial(smoothing, of_x=lambda x: abs(x).max()), "over the whole matrix"),
     ("smoothing_scales", partial(smoothing, of_x=lambda x: abs(x).mean(0), of_w=lambda w: abs(w).mean(0)),
      "These are means"),
+    ("smoothing_scales", partial(smoothing, of_x=lambda x: abs(x).max(1), of_w=lambda w: abs(w).max(1)),
+     "maxima over axis 1"),
     ("hadamard", lambda k: hadamard(k) / 2 ** (k / 2), "which is orthogonal"),
     ("hadamard", partial(hadamard, block=lambda h: [[h / 2**0.5, h / 2**0.5], [h / 2**0.5, -h / 2**0.5]]),
      "which is orthogonal"),
@@ -372,10 +380,21 @@ MISTAKES = [
     ("hadamard", lambda k: hadamard(max(k, 1)), "beginning with [[1]]"),
     ("hadamard", lambda k: hadamard(k - 1), "half too small"),
     ("hadamard", lambda n: hadamard(int(math.log2(n))), "half too small"),
+    ("fold", lambda gain, w, s: (gain * s, w / s), "other way round"),
+    ("fold", lambda gain, w, s: (gain / s, w @ np.diag(1 / s)), "Both were divided"),
+    ("fold", lambda gain, w, s: (gain / s, w), "weights did not change"),
+    ("fold", lambda gain, w, s: (gain, np.multiply(w, s)), "gain did not change"),
+    ("fold", lambda gain, w, s: (gain / s, (w.T * s).T), "multiplies the rows"),
+    ("cayley", lambda a, step: cayley(a, step).T, "turns the other way"),
+    ("cayley", lambda a, step: cayley(a, -step), "turns the other way"),
+    ("cayley", lambda a, step: cayley(a, 2 * step), "half is missing"),
+    ("cayley", lambda a, step: np.eye(len(a)) + step * a, "plain gradient descent"),
+    ("cayley", lambda a, step: np.identity(len(a)) + a * step / 2, "inverse of the first bracket"),
+    ("cayley", lambda a, step: np.linalg.inv(np.eye(len(a)) - step / 2 * a) * (np.eye(len(a)) + step / 2 * a), "`@`"),
 ]
 CHECKS = ["decode", "encode", "spacing", "absmax", "zero_point", "quantize", "clipping_error", "percentile_range",
           "best_range", "fold_batch_norm", "straight_through", "multiplier", "token_scales", "decompose",
-          "smoothing_scales", "hadamard"]
+          "smoothing_scales", "fold", "hadamard", "cayley"]
 
 
 def as_word(sign, exponent, mantissa):
@@ -585,6 +604,12 @@ RIGHT = [
     ("hadamard", lambda k: [[(-1) ** (i & j).bit_count() for j in range(2**k)] for i in range(2**k)]),
     ("hadamard", lambda k: reduce(np.kron, k * [np.array([[1.0, 1.0], [1.0, -1.0]])], np.eye(1))),
     ("hadamard", lambda k: spinquant.hadamard(2**k)),
+    ("fold", lambda gain, w, s: [(gain / s).tolist(), (w @ np.diag(s)).tolist()]),
+    ("fold", lambda gain, w, s: (torch.tensor(gain) / torch.tensor(s), torch.tensor(w) * torch.tensor(s))),
+    ("cayley", cayley),
+    ("cayley", lambda a, step: torch.linalg.solve(torch.eye(len(a)) - step / 2 * torch.tensor(a),
+                                                  torch.eye(len(a)) + step / 2 * torch.tensor(a))),
+    ("cayley", lambda a, step: (np.eye(len(a)) + step / 2 * a) @ np.linalg.inv(np.eye(len(a)) - step / 2 * a)),
 ]
 
 
@@ -918,3 +943,25 @@ def test_every_exercise_has_a_test_here():
     found = {name.removeprefix("check_") for name in dir(exercises) if name.startswith("check_")}
     assert found == set(CHECKS)
     assert len(list(solutions())) >= len(CHECKS)
+
+
+def test_the_summary_shows_the_latest_verdict_of_each_check(monkeypatch):
+    monkeypatch.setattr(checking, "_LATEST", {})
+    assert repr(exercises.summary()) == "No exercise was checked yet: run the cells above."
+    exercises.check_hadamard(lambda k: np.ones((2**k, 2**k)))
+    exercises.check_absmax(lambda x, bits: None)
+    before = exercises.summary()
+    exercises.check_hadamard(hadamard)
+    assert repr(before).splitlines() == [
+        "check_hadamard  ✗ not right yet", "check_absmax    … not answered yet", "0 of 2 passed"]
+    assert repr(exercises.summary()).splitlines() == [
+        "check_hadamard  ✓ passed", "check_absmax    … not answered yet", "1 of 2 passed"]
+
+
+def test_every_lesson_with_exercises_ends_with_their_summary():
+    for path in NOTEBOOKS:
+        cells = [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+        checks = [i for i, source in enumerate(cells) if "exercises.check_" in source]
+        summaries = [i for i, source in enumerate(cells) if "exercises.summary()" in source]
+        assert len(summaries) == bool(checks), path.name
+        assert not checks or summaries[0] > checks[-1], path.name

@@ -3,9 +3,10 @@
 import numpy as np
 
 from qlab import samples
-from qlab.exercises.checking import Case, check
+from qlab.exercises.checking import Case, check, recorded
 
 
+@recorded
 def check_token_scales(function):
     """Check ``function(x, bits)``, the absmax scale of each token: max|x| of its row / (2^(bits − 1) − 1).
 
@@ -49,6 +50,7 @@ def check_token_scales(function):
     return check(function, cases, misconceptions, "Right, on the tiny case and on real activations.")
 
 
+@recorded
 def check_decompose(function):
     """Check ``function(x, w, threshold)``, x wᵀ with the outlier channels in float and the rest in 8-bit integers.
 

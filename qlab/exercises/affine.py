@@ -3,7 +3,7 @@
 import numpy as np
 
 from qlab import samples
-from qlab.exercises.checking import Case, check
+from qlab.exercises.checking import Case, check, recorded
 
 _SEVEN = np.array([5.47, 3.08, -7.59, 0, -1.95, -4.57, 10.8])
 
@@ -21,6 +21,7 @@ def _half_away(v):
     return np.copysign(np.floor(np.abs(v) + 0.5), v)
 
 
+@recorded
 def check_absmax(function):
     """Check ``function(x, bits)``, the absmax mapping of an array: (s, q), the scale and the integer codes.
 
@@ -85,6 +86,7 @@ def check_absmax(function):
     return check(function, cases, misconceptions, praise)
 
 
+@recorded
 def check_zero_point(function):
     """Check ``function(x, bits)``, the scale and zero-point (s, z) of an array for codes from −2^(b−1) to 2^(b−1) − 1.
 
@@ -166,6 +168,7 @@ def check_zero_point(function):
     return check(function, cases, misconceptions, praise)
 
 
+@recorded
 def check_quantize(function):
     """Check ``function(x, s, z, qmin, qmax)``, the integer codes clip(rint(x / s) + z, qmin, qmax) of an array.
 

@@ -3,11 +3,12 @@
 import numpy as np
 
 from qlab import calibration, samples
-from qlab.exercises.checking import Case, Verdict, call, check, numbers, show
+from qlab.exercises.checking import Case, Verdict, call, check, numbers, recorded, show
 
 _TINY = np.array([-4.0, -1.0, 0.0, 0.5, 2.0, 6.0])
 
 
+@recorded
 def check_clipping_error(function):
     """Check ``function(x, alpha, beta)``, the mean squared error that clipping to [alpha, beta] makes.
 
@@ -46,6 +47,7 @@ def check_clipping_error(function):
     return check(function, cases, misconceptions, "Right, on the tiny case and on 73,728 real activations.")
 
 
+@recorded
 def check_percentile_range(function):
     """Check ``function(x, p)``, the range (alpha, beta) between the (100 − p)-th and the p-th percentile.
 
@@ -75,6 +77,7 @@ def check_percentile_range(function):
     return check(function, cases, misconceptions, "Right, on the tiny case and on 73,728 real activations.")
 
 
+@recorded
 def check_best_range(function):
     """Check ``function(x, bits)``, the beta for which [−beta, beta] quantizes x with the least mean squared error.
 

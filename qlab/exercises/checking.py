@@ -1,8 +1,11 @@
 """The machinery of the checks: call the learner's function, compare, and find the hint that fits."""
 
 from dataclasses import dataclass
+from functools import wraps
 
 import numpy as np
+
+_LATEST = {}  # the verdict of each check that has run, in the order of their first runs
 
 
 @dataclass(frozen=True)
@@ -14,6 +17,47 @@ class Verdict:
 
     def __repr__(self):
         return f"{ {True: '✓', False: '✗', None: '…'}[self.passed]} {self.text}"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The latest verdicts, by name of the check."""
+
+    verdicts: dict[str, Verdict]
+
+    def __repr__(self):
+        if not self.verdicts:
+            return "No exercise was checked yet: run the cells above."
+        width = max(map(len, self.verdicts))
+        words = {True: "✓ passed", False: "✗ not right yet", None: "… not answered yet"}
+        lines = [f"{name:{width}}  {words[verdict.passed]}" for name, verdict in self.verdicts.items()]
+        passed = sum(verdict.passed is True for verdict in self.verdicts.values())
+        return "\n".join([*lines, f"{passed} of {len(lines)} passed"])
+
+
+def summary():
+    """What the checks of this notebook said last, since its kernel was started.
+
+    Examples
+    --------
+    >>> from qlab import exercises
+    >>> exercises.check_absmax(lambda x, bits: ...)
+    … Not answered yet.
+    >>> exercises.summary().verdicts["check_absmax"]
+    … Not answered yet.
+    """
+    return Summary(dict(_LATEST))
+
+
+def recorded(check):
+    """The check, whose verdicts `summary` shows from now on."""
+
+    @wraps(check)
+    def checked(function):
+        _LATEST[check.__name__] = check(function)
+        return _LATEST[check.__name__]
+
+    return checked
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ import struct
 
 import numpy as np
 
-from qlab.exercises.checking import Case, check
+from qlab.exercises.checking import Case, check, recorded
 
 
+@recorded
 def check_decode(function):
     """Check ``function(sign, exponent, mantissa)``, the value of an FP32 word from its three fields.
 
@@ -68,6 +69,7 @@ def check_decode(function):
     return check(function, cases, misconceptions, praise, rtol=1e-8)
 
 
+@recorded
 def check_encode(function):
     """Check ``function(x)``, the fields (sign, exponent, mantissa) of the FP32 word of x, as unsigned integers.
 
@@ -128,6 +130,7 @@ def check_encode(function):
     return check(function, cases, misconceptions, "Right, for −118.625 and six more numbers.")
 
 
+@recorded
 def check_spacing(function):
     """Check ``function(x, mantissa_bits)``, the distance from |x| to the next larger number of a binary format.
 

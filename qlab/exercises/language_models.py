@@ -1,11 +1,12 @@
-"""Checks of lessons 06 and 07: smoothing scales, and Sylvester's Hadamard matrices."""
+"""Checks of lessons 06 and 07: smoothing scales and their folding, Hadamard matrices, the Cayley transform."""
 
 import numpy as np
 
 from qlab import samples
-from qlab.exercises.checking import Case, check
+from qlab.exercises.checking import Case, check, recorded
 
 
+@recorded
 def check_smoothing_scales(function):
     """Check ``function(x, w, alpha)``, the s of each channel: max|x|^α / max|w|^(1 − α).
 
@@ -46,6 +47,9 @@ def check_smoothing_scales(function):
          "The absolute values are missing: a channel may be largest on the negative side."),
         (lambda x, w, alpha: np.abs(x).max() ** alpha / np.abs(w).max(axis=0) ** (1 - alpha),
          "max|x| was taken over the whole matrix. Each channel, a column, has its own: axis 0."),
+        (lambda x, w, alpha: np.abs(x).max(axis=1) ** alpha / np.abs(w).max(axis=1) ** (1 - alpha)
+         if len(x) == len(w) else None,
+         "These are maxima over axis 1, one for each token. A channel is a column: axis 0."),
         (lambda x, w, alpha: np.abs(x).mean(axis=0) ** alpha / np.abs(w).mean(axis=0) ** (1 - alpha),
          "These are means. The grid must hold the largest value, so take max."),
     ]
@@ -56,6 +60,40 @@ def check_smoothing_scales(function):
     return check(function, cases, misconceptions, "Right, on the tiny case and on a real layer.")
 
 
+@recorded
+def check_fold(function):
+    """Check ``function(gain, w, s)``: the gains g / s of the norm, and the weights W S that follow it.
+
+    gain and s have the shape (channels,), w (outputs, channels).
+
+    References
+    ----------
+    Xiao et al. 2023, "SmoothQuant", section 4.
+
+    Examples
+    --------
+    >>> check_fold(lambda gain, w, s: (gain / s, w * s))
+    ✓ Right: gain and weights changed, their product did not.
+    """
+    misconceptions = [
+        (lambda gain, w, s: (gain * s, w / s),
+         "The other way round: s is large where the activations are large, so their gain is divided by it."),
+        (lambda gain, w, s: (gain / s, w / s), "Both were divided. What the gain loses, the weights must win: W S."),
+        (lambda gain, w, s: (gain / s, w), "The weights did not change, so the product did: multiply them by s."),
+        (lambda gain, w, s: (gain, w * s), "The gain did not change, so the product did: divide it by s."),
+        (lambda gain, w, s: (gain / s, w * s[:, None]) if len(s) == len(w) else None,
+         "This multiplies the rows of W, its outputs. A channel of X meets a column of W."),
+    ]
+    chance = np.random.default_rng(0)
+    tiny = np.array([2.0, 0.5]), np.array([[1.0, 3.0], [-2.0, 4.0]]), np.array([4.0, 0.25])
+    more = chance.normal(size=6), chance.normal(size=(3, 6)), chance.uniform(0.1, 9.0, 6)
+    written = ", ".join(f"{name} = {value.tolist()}" for name, value in zip(("gain", "w", "s"), tiny, strict=True))
+    cases = [Case(text, (gain, w, s), (gain / s, w * s))
+             for text, (gain, w, s) in ((written, tiny), ("6 channels and 3 outputs", more))]
+    return check(function, cases, misconceptions, "Right: gain and weights changed, their product did not.")
+
+
+@recorded
 def check_hadamard(function):
     """Check ``function(k)``, Sylvester's Hadamard matrix of order 2^k: H₁ = [[1]], H₂ₙ = [[H, H], [H, −H]].
 
@@ -95,3 +133,40 @@ def check_hadamard(function):
     ]
     cases = [Case(f"k = {k}", (k,), right(k)) for k in (1, 2, 0, 6)]
     return check(function, cases, misconceptions, "Right, up to 64 × 64.")
+
+
+@recorded
+def check_cayley(function):
+    """Check ``function(a, step)``, the Cayley transform (I − step/2 · A)⁻¹ (I + step/2 · A) of a skew-symmetric A.
+
+    a has the shape (n, n).
+
+    References
+    ----------
+    Li et al. 2020, "Efficient Riemannian optimization on the Stiefel manifold via the Cayley transform", section 3.
+
+    Examples
+    --------
+    >>> check_cayley(lambda a, step: np.linalg.solve(np.eye(len(a)) - step / 2 * a, np.eye(len(a)) + step / 2 * a))
+    ✓ Right, and orthogonal: RᵀR is I for every step.
+    """
+
+    def right(a, step):
+        return np.linalg.solve(np.eye(len(a)) - step / 2 * a, np.eye(len(a)) + step / 2 * a)
+
+    misconceptions = [
+        (lambda a, step: right(a, -step), "This turns the other way: I − step/2 · A is the one that is inverted."),
+        (lambda a, step: right(a, 2 * step), "The half is missing: step/2 in both brackets."),
+        (lambda a, step: np.eye(len(a)) + step * a,
+         "This is one step of plain gradient descent: its columns are longer than 1, so it is no rotation."),
+        (lambda a, step: np.eye(len(a)) + step / 2 * a,
+         "The inverse of the first bracket is missing: without it, the columns are longer than 1."),
+        (lambda a, step: np.linalg.inv(np.eye(len(a)) - step / 2 * a) * (np.eye(len(a)) + step / 2 * a),
+         "`*` multiplies entry by entry. The product of matrices is `@`."),
+    ]
+    upper = np.triu(np.random.default_rng(0).normal(size=(5, 5)), 1)
+    quarter = np.array([[0.0, -1.0], [1.0, 0.0]])
+    cases = [Case(f"a = {quarter.tolist()}, step = {step}", (quarter, step), right(quarter, step))
+             for step in (1.0, 2.0)]
+    cases.append(Case("a 5 × 5 matrix and step = 0.5", (upper - upper.T, 0.5), right(upper - upper.T, 0.5)))
+    return check(function, cases, misconceptions, "Right, and orthogonal: RᵀR is I for every step.")

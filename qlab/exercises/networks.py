@@ -7,9 +7,10 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from qlab import samples
-from qlab.exercises.checking import Case, check
+from qlab.exercises.checking import Case, check, recorded
 
 
+@recorded
 def check_fold_batch_norm(function):
     """Check ``function(weight, bias, gamma, beta, mean, variance, eps)``, the (weight, bias) of a folded convolution.
 
@@ -101,6 +102,7 @@ def check_fold_batch_norm(function):
     return check(function, cases, misconceptions, "Right, on the tiny case and on weights of a real convolution.")
 
 
+@recorded
 def check_straight_through(function):
     """Check ``function(x, s, qmin, qmax)``, which returns x̂ = s · clip(rint(x / s), qmin, qmax) for a torch tensor x.
 
@@ -188,6 +190,7 @@ def _values_or_gradient(function, asked, x, *arguments):
     return "no gradient" if gradient is None else gradient.tolist()
 
 
+@recorded
 def check_multiplier(function):
     """Check ``function(m)``, the integers (m0, shift) that stand for a positive factor: m ≈ 2^(−shift) · m0 / 2^31.
 
