@@ -1,8 +1,7 @@
 """Every live figure: each control over its whole range, each chip, and the numbers against direct computations."""
 
-from functools import partial
+from functools import lru_cache, partial
 
-import ipywidgets as widgets
 import matplotlib
 import numpy as np
 import pytest
@@ -15,6 +14,16 @@ from qlab import affine, calibration, samples
 from qlab.explorers import clipping, drift, granularity, mapping
 from qlab.explorers.grids import DATA_CHIPS, SEVEN
 from qlab.explorers.ranges import CALIBRATORS
+from tests.explorer_checks import (
+    assert_same_whichever_way,
+    assert_sound,
+    assert_words,
+    go_to,
+    message,
+    picture_at,
+    sweep,
+    values,
+)
 
 ACTIVATIONS, NEW_ACTIVATIONS = samples.load("activations"), samples.load("new_activations")
 WEIGHTS = samples.load("weights")
@@ -30,9 +39,8 @@ SETTINGS = {  # of the other controls
     "granularity": [{}, {"per": "group", "group_size": 64, "bits": 3, "scheme": "zero-point"}],
     "mapping": [{}, {"scheme": "zero-point", "bits": 4, "narrow": True}, {"bits": 3, "alpha": -1.1, "beta": 2.9}],
 }
-TYPED = {"data": ["1.5 0.7", "-7.1, 2.2, 0.4", "[0.1 0.2 0.35]", "5.47, 3.08, -7.59, 0, -1.95, -4.57, 10.8", "1e3 -17"]}
+WITH_CHIPS = ("clipping", "mapping")
 WITH_SETTINGS = [(name, setting) for name, settings in SETTINGS.items() for setting in range(len(settings))]
-CHIPS = [(name, setting, chip) for name, setting in WITH_SETTINGS for chip in MAKERS[name]().chips]
 
 
 def make(name, setting=0):
@@ -41,21 +49,16 @@ def make(name, setting=0):
     return explorer
 
 
-CONTROLS = [(name, setting, label) for name, setting in WITH_SETTINGS
-            for label, control in make(name, setting).controls.items() if not getattr(control, "disabled", False)]
+@lru_cache
+def shared(name, setting):
+    explorer = make(name, setting)
+    return explorer, values(explorer)
 
 
-def sweep(control):
-    """The values that a hand can give to a control, from one end to the other."""
-    if isinstance(control, widgets.FloatLogSlider):
-        return (control.base ** np.linspace(control.min, control.max, 17)).tolist()
-    if isinstance(control, widgets.IntSlider):
-        return list(range(control.min, control.max + 1))
-    if isinstance(control, widgets.FloatSlider):
-        return np.linspace(control.min, control.max, 17).tolist()
-    if isinstance(control, widgets.Text):
-        return TYPED[control.description]
-    return [False, True] if isinstance(control, widgets.Checkbox) else list(control.options)
+def put(name, setting):
+    explorer, start = shared(name, setting)
+    go_to(explorer, start)
+    return explorer
 
 
 def has_no_range(explorer, control, value):
@@ -66,23 +69,6 @@ def has_no_range(explorer, control, value):
         return value == 0
     alpha, beta = (value if name == control else explorer.controls[name].value for name in ("alpha", "beta"))
     return alpha >= beta
-
-
-def values(explorer):
-    return {name: control.value for name, control in explorer.controls.items()}
-
-
-def message(explorer):
-    return "".join(child.value for child in explorer.widget.children
-                   if isinstance(child, widgets.HTML) and 'role="alert"' in child.value)
-
-
-def assert_sound(explorer):
-    numbers = [value for value in explorer.readout.values() if not isinstance(value, str)]
-    assert numbers
-    assert all(np.isfinite(numbers))
-    assert bytes(explorer.png()).startswith(b"\x89PNG")
-    assert not message(explorer)
 
 
 def clipping_directly(x, alpha, beta, bits, linked):
@@ -120,57 +106,49 @@ def test_another_control_moves_on_after_bad_text(control, value):
     assert (explorer.readout, explorer.png(), values(explorer)) == (expected.readout, expected.png(), values(expected))
 
 
-@pytest.mark.parametrize("name, setting, control", CONTROLS)
-def test_a_control_over_its_whole_range(name, setting, control):
-    explorer = make(name, setting)
-    steps, pictures = sweep(explorer.controls[control]), []
-    assert len(steps) > 1
-    for value in steps:
-        if has_no_range(explorer, control, value):
-            with pytest.raises(ValueError, match="alpha must be less than beta"):
-                explorer.set(**{control: value})
-            continue
-        explorer.set(**{control: value})
-        assert explorer.controls[control].value == pytest.approx(value)
-        assert_sound(explorer)
-        pictures.append(bytes(explorer.png()))
-    assert pictures[0] != pictures[-1]
-    # α > 0 and β < 0 are widened to 0; the scheme "α, β" starts from the range in use.
-    some_alike = name == "mapping" and control in ("alpha", "beta", "scheme")
-    assert len(set(pictures)) >= (0.5 if some_alike else 0.7) * len(steps)
+@pytest.mark.parametrize("name, setting", WITH_SETTINGS)
+def test_each_control_over_its_whole_range(name, setting):
+    explorer = put(name, setting)
+    for label in [label for label, control in explorer.controls.items() if not getattr(control, "disabled", False)]:
+        put(name, setting)
+        steps, pictures = sweep(explorer.controls[label]), []
+        assert len(steps) > 1
+        for value in steps:
+            if has_no_range(explorer, label, value):
+                before = values(explorer)
+                with pytest.raises(ValueError, match="alpha must be less than beta"):
+                    explorer.set(**{label: value})
+                explorer.set(**before)
+                explorer.errors.clear()
+            else:
+                pictures.append(picture_at(explorer, label, value))
+        assert pictures[0] != pictures[-1]
+        # α > 0 and β < 0 are widened to 0; the scheme "α, β" starts from the range in use.
+        some_alike = name == "mapping" and label in ("alpha", "beta", "scheme")
+        assert len(set(pictures)) >= (0.5 if some_alike else 0.7) * len(steps)
 
 
 @pytest.mark.parametrize("name, setting", WITH_SETTINGS)
 def test_the_picture_does_not_depend_on_the_way_there(name, setting):
-    travelled = make(name, setting)
-    wanted = values(travelled)
-    for label, control in travelled.controls.items():
-        for value in sweep(control)[1:-1:3]:
-            if not has_no_range(travelled, label, value):
-                control.value = value
-    if "data" in wanted:
-        travelled.set(data=wanted["data"])  # may set new limits
-    travelled.set(**wanted)
-    assert not travelled.errors
-    assert travelled.png() == make(name, setting).png()
-    assert travelled.readout == make(name, setting).readout
+    assert_same_whichever_way(put(name, setting), make(name, setting), refuses=has_no_range)
 
 
-@pytest.mark.parametrize("name, setting, chip", CHIPS)
-def test_a_chip(name, setting, chip):
-    explorer = make(name, setting)
-    before = explorer.png()
-    explorer.press(chip)
-    assert_sound(explorer)
-    assert explorer.png() != before
+@pytest.mark.parametrize("name, setting", [pair for pair in WITH_SETTINGS if pair[0] in WITH_CHIPS])
+def test_each_chip(name, setting):
+    explorer = make(name, setting)  # not the shared one: what a chip marks stays marked
+    start = values(explorer)
+    for chip in explorer.chips:
+        go_to(explorer, start)
+        before = explorer.png()
+        explorer.press(chip)
+        assert_sound(explorer)
+        assert explorer.png() != before
 
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_words(name):
-    explorer = MAKERS[name]()
-    assert explorer.title
-    assert len(explorer.description) > 40
-    assert all(f"{key}: " in repr(explorer) for key in explorer.readout)
+    assert_words(put(name, 0))
+    assert bool(put(name, 0).chips) == (name in WITH_CHIPS)
 
 
 @pytest.mark.parametrize("linked", [True, False])

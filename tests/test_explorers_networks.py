@@ -25,6 +25,15 @@ from qlab.explorers import digits_ptq, networks, qat, training_run, watch
 from qlab.explorers.networks import LSQ, PACT
 from qlab.live import VERMILION
 from qlab.training import Step, train
+from tests.explorer_checks import (
+    assert_same_whichever_way,
+    assert_sound,
+    assert_words,
+    figures,
+    in_a_cell,
+    pictures_along,
+    values,
+)
 
 DATA = digits.data()
 HISTORY = [
@@ -65,42 +74,7 @@ ORDINARY = [  # for comparisons with qlab.ptq
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads wait for each other where layers are this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@lru_cache
-def shared(name):
-    return MAKERS[name]()
-
-
-def put(name, setting):
-    explorer = shared(name)
-    explorer.set(**START[name] | setting)
-    return explorer
-
-
-def sweep(control):
-    """The values that a hand can give to a control, from one end to the other."""
-    if isinstance(control, widgets.FloatLogSlider):
-        return (control.base ** np.linspace(control.min, control.max, 13)).tolist()
-    if isinstance(control, widgets.IntSlider):
-        return list(range(control.min, control.max + 1))
-    if isinstance(control, widgets.FloatSlider):
-        return np.linspace(control.min, control.max, 13).tolist()
-    return list(control.options)
-
-
-def assert_sound(explorer):
-    numbers = [value for value in explorer.readout.values() if not isinstance(value, str)]
-    assert numbers
-    assert all(np.isfinite(numbers))
-    assert not explorer.errors
+shared, put = figures(MAKERS, START)
 
 
 def texts(axes, visible=True):
@@ -109,39 +83,23 @@ def texts(axes, visible=True):
 
 @pytest.mark.parametrize("name, setting, control", CONTROLS)
 def test_a_control_over_its_whole_range(name, setting, control):
-    explorer = put(name, setting)
-    steps, pictures = sweep(explorer.controls[control]), []
-    assert len(steps) > 1
-    for value in steps:
-        explorer.controls[control].value = value
-        assert explorer.controls[control].value == pytest.approx(value)
-        assert_sound(explorer)
-        pictures.append(explorer.png())
-    assert len(set(pictures)) == len(steps)
+    pictures = pictures_along(put(name, setting), control, redrawn=["scheme"])
+    assert len(set(pictures)) == len(pictures)
 
 
 @pytest.mark.parametrize("name, setting", SETTINGS)
 def test_the_picture_does_not_depend_on_the_way_there(name, setting):
-    travelled = put(name, setting)
-    for label, control in travelled.controls.items():
-        for value in sweep(control)[::3]:
-            if label != "calibrator" or value != "MSE":  # it searches long, and is met elsewhere
-                control.value = value
-    travelled.set(**START[name] | setting)
     fresh = MAKERS[name]()
     fresh.set(**setting)
-    assert travelled.png() == fresh.png()
-    assert travelled.readout == fresh.readout
-    assert not travelled.errors
+    # The MSE calibrator searches long, and is met elsewhere.
+    assert_same_whichever_way(shared(name), fresh, refuses=lambda _, *move: move == ("calibrator", "MSE"))
 
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_words(name):
     explorer = MAKERS[name]()
-    assert {label: control.value for label, control in explorer.controls.items()} == START[name]
-    assert explorer.title
-    assert len(explorer.description) > 40
-    assert all(f"{key}: " in repr(explorer) for key in explorer.readout)
+    assert values(explorer) == START[name]
+    assert_words(explorer)
 
 
 def test_torch_is_imported_when_a_figure_needs_it():
@@ -546,10 +504,7 @@ class Watched:
 
     def in_a_cell(self, body=lambda step: None):
         """Loop over it as a cell of a notebook does."""
-        async def cell():
-            async for step in tqdm(self.run, disable=True):
-                body(step)
-        asyncio.run(cell())
+        in_a_cell(tqdm(self.run, disable=True), body)
 
     @property
     def button(self):

@@ -1,7 +1,5 @@
 """The live figures of lessons 06 and 07: smoothing against NumPy alone, and a watched rotation."""
 
-import asyncio
-import html
 import itertools
 from functools import lru_cache
 
@@ -9,22 +7,31 @@ import numpy as np
 import pytest
 import torch
 
+from qlab import samples
 from qlab.explorers import smoothing, watch_rotation
 from qlab.explorers.smoothquant import ALPHAS, OFF, PRINTED, RIGHT, TENSOR, VECTOR
 from qlab.spinquant import ProxyInputs, learn_rotation, proxy_loss
-from tests.test_explorers import assert_sound, message
-from tests.test_explorers_activations import (
-    PLACES,
-    PRODUCTS,
-    one_thread,  # noqa: F401
+from tests.explorer_checks import (
+    assert_compute_draws_nothing,
+    assert_pairs_meet,
+    assert_refuses,
+    assert_same_whichever_way,
+    assert_sound,
+    assert_words,
+    in_a_cell,
     own,
     pairwise,
+    pictures_along,
+    values,
 )
 
+PRODUCTS = samples.products()
+PLACES = list(PRODUCTS)
 START = {"place": PLACES[0], "direction": OFF, "alpha": 0.5, "per": TENSOR, "bits": 8}
 VALUES = {"place": PLACES, "direction": (OFF, RIGHT, PRINTED), "alpha": [round(0.05 * i, 2) for i in range(21)],
           "per": (TENSOR, VECTOR), "bits": range(2, 9)}
-ALL_PAIRS = sorted(pairwise(**VALUES), key=lambda setting: PLACES.index(setting["place"]))
+MET = VALUES | {"alpha": VALUES["alpha"][::4]}  # each α meets the readout below
+ALL_PAIRS = sorted(pairwise(MET), key=lambda setting: PLACES.index(setting["place"]))  # few new backgrounds
 X, W = own(4, 8)
 
 
@@ -66,10 +73,10 @@ def directly(x, w, *, alpha, direction, per, bits):
     return error, np.abs(x / s).max(0), np.abs(w * s).max(0)
 
 
-def assert_reads_and_shows(explorer, x, w, at=ALPHAS[[7, 16]]):
-    setting = {name: control.value for name, control in explorer.controls.items() if name != "place"}
+def assert_reads_and_shows(explorer, x, w):
+    setting = {name: value for name, value in values(explorer).items() if name != "place"}
     now, x_peaks, w_peaks = directly(x, w, **setting)
-    off, *_ = directly(x, w, **setting | {"direction": OFF})
+    off, *_ = directly(x, w, **setting | {"direction": OFF}) if setting["direction"] != OFF else (now,)
     assert explorer.readout == pytest.approx({
         "output_error_percent": now, "off_percent": off, "best_alpha": explorer.readout["best_alpha"],
         "largest_x": x_peaks.max(), "largest_w": w_peaks.max()}, rel=2e-3, abs=1e-4)
@@ -86,9 +93,8 @@ def assert_reads_and_shows(explorer, x, w, at=ALPHAS[[7, 16]]):
     line, off_line, dot = curve.lines
     shown = setting["direction"] if setting["direction"] != OFF else RIGHT
     np.testing.assert_array_equal(line.get_xdata(), ALPHAS)
-    for alpha in at:
-        error, *_ = directly(x, w, **setting | {"alpha": alpha, "direction": shown})
-        assert line.get_ydata()[list(ALPHAS).index(alpha)] == pytest.approx(np.clip(error, 0.1, 200), rel=2e-3)
+    error, *_ = directly(x, w, **setting | {"alpha": ALPHAS[16], "direction": shown})
+    assert line.get_ydata()[16] == pytest.approx(np.clip(error, 0.1, 200), rel=2e-3)
     assert list(off_line.get_ydata()) == pytest.approx([np.clip(off, 0.1, 200)] * 2, rel=2e-3)
     if setting["direction"] == OFF:
         assert len(dot.get_xydata()) == 0
@@ -108,9 +114,8 @@ def test_smoothing_reads_and_shows_what_numpy_computes(setting):
 
 
 def test_each_value_meets_each_other():
-    seen = {pair for row in ALL_PAIRS for pair in itertools.combinations(row.items(), 2)}
-    assert len(seen) == sum(len(a) * len(b) for a, b in itertools.combinations(VALUES.values(), 2))
-    assert len(ALL_PAIRS) < 250
+    assert_pairs_meet(ALL_PAIRS, MET)
+    assert len(ALL_PAIRS) < 100
     for name, control in shared().controls.items():
         if name == "place":
             assert [value for _, value in control.options] == PLACES
@@ -121,12 +126,28 @@ def test_each_value_meets_each_other():
     assert shared().controls["alpha"].step == 0.05
 
 
+@pytest.mark.parametrize("control", START)
+def test_a_control_over_its_whole_range(control):
+    pictures = pictures_along(put(direction=RIGHT, place=PLACES[2], bits=5), control, redrawn=["place"])
+    assert len(set(pictures)) == len(pictures)
+
+
+@pytest.mark.parametrize("setting", [{}, {"place": PLACES[1], "direction": PRINTED, "alpha": 0.2, "per": VECTOR}])
+def test_the_picture_does_not_depend_on_the_way_there(setting):
+    fresh = smoothing()
+    fresh.set(**setting)
+    assert_same_whichever_way(shared(), fresh)
+
+
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("direction", [RIGHT, PRINTED])
 def test_the_point_of_the_curve_at_alpha_is_the_readout(place, direction):
     readouts, curves = [], []
-    for alpha in VALUES["alpha"]:
+    first = PLACES.index(place) + 4 * (direction == PRINTED)
+    for i, alpha in enumerate(VALUES["alpha"]):
         explorer = put(place=place, direction=direction, alpha=alpha)
+        if i % 8 == first:
+            assert_reads_and_shows(explorer, *PRODUCTS[place])
         readouts.append(explorer.readout["output_error_percent"])
         curves.append(explorer._compute(**START | {"place": place, "direction": direction, "alpha": alpha}).curve)
     np.testing.assert_allclose(curves, [readouts] * len(curves), rtol=1e-4)
@@ -162,7 +183,7 @@ def test_alpha_needs_a_direction():
         assert alpha.disabled and alpha.value == 0.7
 
 
-def test_every_position_has_its_picture_whichever_way_it_is_reached():
+def test_every_position_has_its_picture():
     pictures = {}
     settings = [START | {"place": place, "direction": direction, "alpha": alpha, "per": per, "bits": bits}
                 for place in PLACES for direction in (RIGHT, PRINTED) for alpha, per, bits in (
@@ -170,10 +191,6 @@ def test_every_position_has_its_picture_whichever_way_it_is_reached():
     for setting in settings:
         pictures[tuple(setting.values())] = put(**setting).png()
     assert len(set(pictures.values())) == len(settings)
-    fresh = smoothing()
-    fresh.set(**settings[-3])
-    assert fresh.png() == pictures[tuple(settings[-3].values())]
-    assert fresh.readout == put(**settings[-3]).readout
 
 
 def test_smoothing_helps_in_one_direction_only():
@@ -191,21 +208,12 @@ def test_the_ends_of_alpha():
 
 def test_words():
     explorer = smoothing()
-    assert {name: control.value for name, control in explorer.controls.items()} == START
-    assert explorer.title and len(explorer.description) > 40
-    assert explorer.description in html.unescape(explorer.widget.children[1].value)
-    assert all(f"{key}: " in repr(explorer) for key in explorer.readout)
+    assert values(explorer) == START
+    assert_words(explorer)
 
 
 def test_compute_draws_nothing():
-    explorer = put()
-    before = explorer.png()
-    results = [explorer._compute(**START | {"place": place, "direction": RIGHT}) for place in PLACES]
-    assert len({repr(explorer._read(result)) for result in results}) == len(PLACES)
-    assert not explorer.figure.stale
-    assert explorer._render() == before
-    explorer._background = None
-    assert explorer._render() == before
+    assert_compute_draws_nothing(put(direction=RIGHT), [{"place": place} for place in PLACES])
 
 
 # places of one's own
@@ -240,7 +248,7 @@ def test_channels_of_zeros():
 def test_what_is_smoothed_lies_in_the_picture(size_x, size_w):
     explorer = smoothing({(0, "attn_in"): (size_x * X, size_w * W)})
     for alpha in VALUES["alpha"]:
-        explorer.set(direction=RIGHT, alpha=alpha)
+        explorer._draw(explorer._compute(**START | {"place": (0, "attn_in"), "direction": RIGHT, "alpha": alpha}))
         for panel in explorer.figure.axes:
             low, high = panel.get_ylim()
             assert all(low <= np.min(line.get_ydata()) and np.max(line.get_ydata()) <= high for line in panel.lines)
@@ -262,37 +270,10 @@ def test_data_is_left_alone_and_may_change_later(kind):
     assert explorer.readout == before
 
 
-@pytest.mark.parametrize("places, part", [
-    ({}, "places must hold at least one pair"), ([(X, W)], "places must be a dict of .*got "),
-    (3, "places must be a dict .* got 3"), ({3: (X, W)}, "places must be a dict"),
-    ({(0, "a"): (X, W, W)}, "places must be a dict"),
-    ({(0, "a"): (X[0], W)}, r"x \(tokens, channels\) .*got \(8,\) and \(5, 8\) at \(0, 'a'\)"),
-    ({(0, "a"): (X, W[:, :7])}, r"got \(4, 8\) and \(5, 7\)"), ({(0, "a"): (X[:0], W)}, "x must not be empty"),
-    ({(0, "a"): (X, W * np.nan)}, "w must be finite, got 40 NaN"), ({(0, "a"): (X + np.inf, W)}, "x must be finite"),
-    ({(0, "a"): (["text"], W)}, "x must be an array of real numbers"),
-    ({(0, "a"): (0 * X, W)}, "not all 0.* at "), ({(0, "a"): (X, W), (1, "b"): (X, W[0])}, r"at \(1, 'b'\)"),
-])
-def test_bad_places(places, part):
-    with pytest.raises(ValueError, match=part):
-        smoothing(places)
-
-
-@pytest.mark.parametrize("bits", [1, 9, 4.5, "4", None])
-def test_bad_bits(bits):
-    with pytest.raises(ValueError, match=f"bits must be an integer from 2 to 8, got {bits!r}"):
-        smoothing(bits=bits)
-
-
 @pytest.mark.parametrize("control, value", [("direction", "left"), ("alpha", 1.1), ("alpha", -0.1), ("per", "row"),
                                             ("bits", 9), ("place", (0, "a"))])
 def test_a_bad_setting_is_told(control, value):
-    explorer = put()
-    before = explorer.readout, explorer.png()
-    with pytest.raises(ValueError, match=control):
-        explorer.set(**{control: value})
-    assert message(explorer)
-    assert (explorer.readout, explorer.png()) == before
-    explorer.errors.clear()
+    assert_refuses(put(), control, value)
 
 
 # a rotation is learned
@@ -315,13 +296,6 @@ def learning():
 @lru_cache
 def unwatched():
     return list(learning())
-
-
-def in_a_cell(run, body=lambda step: None):
-    async def cell():
-        async for step in run:
-            body(step)
-    asyncio.run(cell())
 
 
 def assert_as_unwatched(run, measured_at):

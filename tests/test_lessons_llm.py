@@ -8,7 +8,6 @@ from qlab import outliers, smollm, smoothquant, spinquant, spinquant_study
 
 @pytest.fixture(scope="module")
 def llm():
-    torch.set_num_threads(1)
     model = smollm.load(progress=False)
     calibration, evaluation = smollm.texts(model, sequences=2, length=192)
     found = outliers.statistics(model, calibration)

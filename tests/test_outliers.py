@@ -34,14 +34,6 @@ TEXTS = ["Once upon a time there was a miller who had two boats and a daughter, 
          "1998: 34.2 %, 2003: 41.7 %, 2011: 58.0 % of all households had one, says the report of the ministry."]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def model():
     return smollm.load(progress=False)
