@@ -21,12 +21,39 @@ import numpy as np
 from isal import isal_zlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from traitlets import TraitError
 
-# Okabe and Ito's palette, told apart with every kind of colour blindness.
-BLACK, BLUE, SKY, GREEN = "#000000", "#0072B2", "#56B4E9", "#009E73"
-ORANGE, VERMILION, PURPLE, GREY = "#E69F00", "#D55E00", "#CC79A7", "#8C8C8C"
+# Okabe and Ito's palette, told apart with every kind of colour blindness; sky and orange darker, for 3 : 1 on white.
+BLACK, BLUE, SKY, GREEN = "#000000", "#0072B2", "#3A98D2", "#009E73"
+ORANGE, VERMILION, PURPLE, GREY = "#C08400", "#D55E00", "#CC79A7", "#8C8C8C"
 
+ON_GREY = {"path_effects": [withStroke(linewidth=4, foreground="white")]}  # for lines that cross grey bars
+
+# What ipywidgets leaves out: a focus that is easy to see, and a chosen button told by more than its shade.
+_LOOK = """
+.qlab :focus-visible { outline: 2px solid var(--jp-brand-color1, #1976D2) !important; }
+.qlab input:focus-visible { box-shadow: inset 0 0 0 2px var(--jp-brand-color1, #1976D2); }
+.qlab .noUi-handle:not(:focus) { border-color: var(--jp-ui-font-color2, #757575); }
+.qlab .widget-toggle-button.mod-active { box-shadow: inset 0 -3px var(--jp-ui-font-color1, black); }
+.qlab .widget-box, .qlab .widget-inline-hbox { overflow: visible; }
+"""
+# And what it tells no screen reader, and nothing in Python reaches: names of the picture, of handles and of play's
+# buttons, and which button is chosen.
+_NAMES = """
+const box = this.closest('.qlab'), title = this.dataset.title;
+function name() {
+  for (const picture of box.querySelectorAll('.widget-image')) picture.alt = title;
+  for (const handle of box.querySelectorAll('.noUi-handle'))
+    handle.ariaLabel = handle.closest('.widget-slider').querySelector('.widget-label').textContent;
+  for (const button of box.querySelectorAll('.widget-play button'))
+    button.ariaLabel = button.firstElementChild.className.replace('fa fa-', '').replace('retweet', 'repeat');
+  for (const button of box.querySelectorAll('.widget-toggle-button'))
+    button.ariaPressed = button.classList.contains('mod-active');
+}
+new MutationObserver(name).observe(box, {subtree: true, childList: true, attributeFilter: ['class']});
+name();
+"""
 _FOR_SCREEN_READERS = "position:absolute; width:1px; height:1px; margin:0; overflow:hidden; clip-path:inset(50%)"
 _ANSWER_SECONDS = 1.0  # how long the browser may take to answer a value set from code
 _DPI = 100
@@ -130,14 +157,19 @@ class Explorer:
         self.chips = {label: widgets.Button(description=label, layout={"width": "auto"}) for label in self._chip_values}
 
         width, _ = self._canvas.get_width_height()
-        self._image = widgets.Image(format="png", layout={"max_width": f"{width}px", "width": "100%"})
+        self._image = widgets.Image(
+            format="png", layout={"max_width": f"{width}px", "width": "100%", "margin": "2px 0"})
         caption = widgets.HTML(
+            f'<style data-title="{html.escape(title)}" onload="{_NAMES}">{_LOOK}</style>'
             f'<p style="{_FOR_SCREEN_READERS}">{html.escape(title)}. {html.escape(description)}</p>',
             layout={"height": "0", "margin": "0"},
         )
         self._numbers, self._message = widgets.HTML(), widgets.HTML()
+        for control in self.controls.values():
+            control.tooltip = control.tooltip or ""  # the browser would show None as "null"
         controls = (arrange or _in_one_row)(self.controls, self.chips)
         self.widget = widgets.VBox([controls, caption, self._image, self._numbers, self._message])
+        self.widget.add_class("qlab")
 
         self._step(None)
         if self.errors:
@@ -281,7 +313,8 @@ class Explorer:
         self.errors.append(error)
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         self._message.value = (
-            f'<div role="alert" style="color:#B00020; font-size:16px; font-weight:600; line-height:1.4">'
+            '<div role="alert" style="color:#B00020; background:#FFF3F3; padding:4px 8px; font-size:16px; '
+            'font-weight:600; line-height:1.4">'
             f"{html.escape(kind + str(error))}</div>"
         )
 
@@ -347,7 +380,7 @@ def _text(value):
 
 
 def _table(readout):
-    cell = "padding:1px 22px 1px 0; white-space:nowrap; font-size:16px; line-height:1.5"
+    cell = "padding:1px 22px 1px 0; font-size:16px; line-height:1.5"
     items = (
         f'<span style="{cell}"><span style="opacity:.75">{html.escape(name.replace("_", " "))}</span> '
         f"<b>{html.escape(_text(value))}</b></span>"

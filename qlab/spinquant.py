@@ -466,10 +466,10 @@ class CayleySGD(torch.optim.Optimizer):
 
 
 class ProxyInputs(NamedTuple):
-    """What a layer-wise proxy needs of a model: vectors that will be quantized, and how much an error in each counts.
+    """What a layer-wise proxy needs of a model: normalized residual streams, and how much an error in each one counts.
 
-    ``x`` is of shape (vectors, channels), or (vectors, heads, channels) where each head is rotated by itself.
-    ``weight``, of shape (vectors,), is ‖W‖²_F / ‖x Wᵀ‖², W being all rows of the linear layers that read x.
+    ``x`` is of shape (vectors, channels). ``weight``, of shape (vectors,), is ‖W‖²_F / ‖x Wᵀ‖², W being all rows of the
+    linear layers that read x.
     """
 
     x: torch.Tensor
@@ -487,8 +487,9 @@ class RotationStep(NamedTuple):
     rotation: torch.Tensor
 
 
+@torch.no_grad()
 def proxy_inputs(model, tokens, *, per_site=2048, seed=0, progress=False):
-    """Vectors for `proxy_loss` of R1: what q, k, v and gate, up of every layer receive for some of the tokens.
+    """Vectors for `proxy_loss`: what q, k, v and gate, up of every layer receive for some of the tokens.
 
     Parameters
     ----------
@@ -509,52 +510,21 @@ def proxy_inputs(model, tokens, *, per_site=2048, seed=0, progress=False):
     ValueError
         If the model's gains are not folded or it was changed since, or an argument is out of range.
     """
-    found = _received(model, tokens, ("attn_in", "mlp_in"), per_site=per_site, seed=seed, progress=progress)
-    return ProxyInputs(*map(torch.cat, zip(*found.values(), strict=True)))
-
-
-def head_inputs(model, tokens, *, per_site=2048, seed=0, progress=False):
-    """Vectors for `proxy_loss` of R2, for each layer: what o receives for some of the tokens, head by head.
-
-    Parameters
-    ----------
-    model, tokens, per_site, seed, progress
-        As `proxy_inputs`.
-
-    Returns
-    -------
-    list of ProxyInputs
-        One for each layer.
-
-    Raises
-    ------
-    ValueError
-        As `proxy_inputs`.
-    """
-    found = _received(model, tokens, ("o_in",), per_site=per_site, seed=seed, progress=progress)
-    return [ProxyInputs(x.unflatten(1, (-1, HEAD_CHANNELS)), weight) for x, weight in found.values()]
-
-
-@torch.no_grad()
-def _received(model, tokens, sites, *, per_site, seed, progress):
-    """{(layer, site): what its linear layers receive, and the weights of `ProxyInputs`}, at randomly chosen tokens."""
-    if not model.changes or model.changes[-1] != "gains folded":
-        raise ValueError(f"model must come from fold_gains, got one that was changed: "
-                         f"{', '.join(model.changes) or 'not at all'}")
+    _check_folded(model)
     check_tokens(tokens)
     _check_count(per_site, "per_site")
     chosen = torch.zeros(tokens.numel(), dtype=torch.bool)
     chosen[torch.randperm(tokens.numel(), generator=_generator(seed))[:per_site]] = True
     readers = {(i, site): torch.cat([getattr(block, name).weight for name in READERS[site]])
-               for i, block in enumerate(model.blocks) for site in sites}
-    parts = {place: [] for place in readers}
+               for i, block in enumerate(model.blocks) for site in ("attn_in", "mlp_in")}
+    parts, weights = [], []
     for sequence, here in tqdm([*zip(tokens, chosen.view_as(tokens), strict=True)], desc="reading",
                                disable=not progress, leave=False):
         for place, x in capture(model, sequence[None], readers).items():
-            parts[place].append(x[here])
-    found = {place: torch.cat(xs) for place, xs in parts.items()}
-    return {place: (x, readers[place].square().sum() / (x @ readers[place].T).square().sum(1))
-            for place, x in found.items()}
+            parts.append(x[here])
+            products = parts[-1] @ readers[place].T
+            weights.append(readers[place].square().sum() / products.square().sum(1))
+    return ProxyInputs(torch.cat(parts), torch.cat(weights))
 
 
 def proxy_loss(r, inputs):
@@ -580,18 +550,16 @@ def proxy_loss(r, inputs):
     8.5
     """
     x, weight = inputs
-    vectors, channels = torch.arange(len(x)), x.shape[-1]
     with torch.no_grad():
-        turned = (x @ r).flatten(1)
-        ends = turned.argmax(1), turned.argmin(1)
-    x = x.reshape(len(x), -1, channels)
+        turned = x @ r
+        highest, lowest = turned.argmax(1), turned.argmin(1)
     # two columns of R for each vector: the gradient takes no second large product
-    high, low = ((x[vectors, end // channels] * r.T[end % channels]).sum(1) for end in ends)
-    return (weight * (high - low).square()).mean()
+    span = (x * (r.T[highest] - r.T[lowest])).sum(1)
+    return (weight * span.square()).mean()
 
 
 def learn_rotation(inputs, *, start, steps=200, lr=1.5, batch_size=4096, seed=0):
-    """Learn R1, or R2 of a layer, by `CayleySGD` on `proxy_loss`; ``lr`` falls to 0 along half a cosine.
+    """Learn R1 by `CayleySGD` on `proxy_loss`; ``lr`` falls to 0 along half a cosine.
 
     Leave the loop to stop early. `qlab.explorers.watch` draws it.
 
@@ -632,7 +600,7 @@ def learn_rotation(inputs, *, start, steps=200, lr=1.5, batch_size=4096, seed=0)
     True
     """
     x, weight = inputs
-    start = _check_orthogonal(start, "start", x.shape[-1])
+    start = _check_orthogonal(start, "start", x.shape[1])
     for name, value in (("steps", steps), ("batch_size", batch_size)):
         _check_count(value, name)
     chance = _generator(seed)
@@ -686,6 +654,12 @@ def _factors(n):
         return None
     fives, rest = divmod(twos, _BUTTERFLIES.bit_length() - 1)
     return [12] * counts[3] + [20] * counts[5] + [2**rest] * (rest > 0) + [_BUTTERFLIES] * fives
+
+
+def _check_folded(model):
+    if not model.changes or model.changes[-1] != "gains folded":
+        raise ValueError(f"model must come from fold_gains, got one that was changed: "
+                         f"{', '.join(model.changes) or 'not at all'}")
 
 
 def _check_order(n):

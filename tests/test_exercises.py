@@ -840,7 +840,7 @@ def test_only_the_check_that_needs_torch_imports_it():
         import sys
         from qlab import exercises
         for name in exercises.__all__:
-            if name != "check_straight_through":
+            if name not in ("check_straight_through", "summary"):
                 getattr(exercises, name)(lambda *_: 0)
         assert "torch" not in sys.modules
         exercises.check_straight_through(lambda *_: 0)

@@ -2,12 +2,18 @@
 
 import base64
 import io
+import re
 
 import ipywidgets as widgets
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb, to_rgba
+from matplotlib.text import Text
 from PIL import Image
 
+from qlab import explorers, live, samples
+from qlab.explorers.bits import BitBoxes
+from qlab.floats import FP32
 from qlab.live import Explorer, new_figure
 
 WIDTH, HEIGHT = 320, 200
@@ -353,3 +359,74 @@ def test_an_arrangement_of_its_own():
     first = line.explorer.widget.children[0]
     assert isinstance(first, widgets.VBox)
     assert set(first.children) == {*line.explorer.controls.values(), *line.explorer.chips.values()}
+
+
+def contrast(color, background="white"):
+    """The ratio of WCAG 2, from 1 to 21."""
+    parts = [np.array(to_rgb(c)) for c in (color, background)]
+    linear = [np.where(p <= 0.04045, p / 12.92, ((p + 0.055) / 1.055) ** 2.4) for p in parts]
+    dark, light = sorted(float(p @ [0.2126, 0.7152, 0.0722]) for p in linear)
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("color, background, ratio", [("black", "white", 21), ("#777777", "white", 4.48),
+                                                      ("#767676", "white", 4.54), ("blue", "white", 8.59)])
+def test_contrast_as_others_compute_it(color, background, ratio):
+    assert contrast(color, background) == pytest.approx(contrast(background, color)) == pytest.approx(ratio, abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["BLACK", "BLUE", "SKY", "GREEN", "ORANGE", "VERMILION", "PURPLE", "GREY"])
+def test_colors_of_figures_stand_out_from_white(name):
+    assert contrast(getattr(live, name)) >= 3
+
+
+FIGURES = {  # what each is called with; texts name samples
+    "float_bits": [], "mapping": [], "clipping": ["activations"], "drift": ["activations", "new_activations"],
+    "granularity": ["weights"], "digits_ptq": [], "qat": [], "landscape": [], "outliers": [], "smoothing": [],
+    "rotation_2d": [], "rotation": [], "training_run": [[{"step": 0, "loss": 1.0, "ranges": {"conv": (0.0, 3.0)}}]],
+}
+
+
+def test_every_figure_is_looked_at():
+    assert {*FIGURES, "watch", "watch_rotation"} == {*explorers.__all__}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_text_of_figures_can_be_read(name):
+    arguments = [samples.load(value) if isinstance(value, str) else value for value in FIGURES[name]]
+    figure = getattr(explorers, name)(*arguments).figure
+    texts = [text for text in figure.findobj(Text) if text.get_text().strip()]
+    assert len(texts) > 5
+    for text in texts:
+        box = text.get_bbox_patch()
+        assert contrast(text.get_color(), box.get_facecolor() if box else "white") >= 4.5, text
+        assert to_rgba(text.get_color(), text.get_alpha())[3] == 1, text
+
+
+def test_bits_can_be_read():
+    boxes = BitBoxes(0x40490FDB, FP32)
+    for button in (button for group in boxes.children for button in group.children[1].children):
+        assert contrast(button.style.text_color, button.style.button_color) >= 4.5
+
+
+def test_an_error_can_be_read_in_every_theme(line):
+    """It brings its own background."""
+    line.move(slope=-3.0)
+    color, background = re.search(r'role="alert" style="color:(#\w+); background:(#\w+);', line.text()).groups()
+    assert contrast(color, background) >= 4.5
+
+
+def test_numbers_take_their_color_from_the_theme(line):
+    assert "color:" not in line.explorer.widget.children[3].value
+
+
+def test_no_tooltip_says_null(line):
+    assert {control.tooltip for control in line.explorer.controls.values()} == {""}
+
+
+def test_a_tooltip_is_kept():
+    slope = widgets.FloatSlider(description="slope", tooltip="rise over run")
+    with new_figure(WIDTH, HEIGHT) as figure:
+        Explorer(figure, {"slope": slope}, lambda slope: slope, lambda slope: None, lambda slope: {}, title="",
+                 description="")
+    assert slope.tooltip == "rise over run"

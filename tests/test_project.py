@@ -37,10 +37,11 @@ def pypi_requirements():
 
 
 def conda_requirements(environment):
-    """Name: version limits, without pip and what it installs."""
+    """Name: version limits, of packages from conda and from pip, without pip and the project."""
+    *lines, by_pip = environment["dependencies"]
     names_and_limits = {}
-    for line in environment["dependencies"]:
-        if line != "pip" and not isinstance(line, dict):
+    for line in lines + by_pip["pip"]:
+        if line not in ("pip", "--editable ."):
             name, limits = re.fullmatch(r"([\w.-]+)\s*(.*)", line).groups()
             assert name not in names_and_limits, f"{name} is listed twice"
             names_and_limits[name] = SpecifierSet(re.sub(r"^=(?!=)", "==", limits))
@@ -94,7 +95,7 @@ def test_conda_and_pip_ask_for_the_same():
 def test_conda_installs_the_project_itself():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     assert environment["channels"] == ["conda-forge"]
-    assert environment["dependencies"][-2:] == ["pip", {"pip": ["--editable ."]}]
+    assert environment["dependencies"][-2] == "pip" and "--editable ." in environment["dependencies"][-1]["pip"]
 
 
 def test_every_package_of_the_source_is_installed():

@@ -13,7 +13,7 @@ from qlab import samples
 from qlab.affine import fake_quantize, real_array, sqnr_db
 from qlab.explorers.grids import _paths
 from qlab.explorers.ranges import _bits_slider
-from qlab.live import BLACK, BLUE, GREY, ORANGE, VERMILION, Explorer, new_figure
+from qlab.live import BLACK, BLUE, GREY, ON_GREY, ORANGE, VERMILION, Explorer, new_figure
 from qlab.outliers import GRANULARITIES, params_of
 
 KEEP, CLIP, ZERO, FLOAT = "keep", "clip", "zero", "in float"
@@ -219,9 +219,9 @@ def outliers(places=None, bits=8):
         figure, controls, compute, partial(_draw_outliers, artists, places), read, couple=couple,
         title="Outliers in the activations of a language model",
         description="Above, a heat map of the integer codes, tokens against channels; white cells hold code 0, orange "
-        "columns stay in float. Below, the largest and the typical magnitude of each channel on a logarithmic axis, "
-        "with half a step of its grid: smaller values become 0. Right, bars with the error of the layer's output for "
-        "one scale per tensor, token, channel and group.",
+        "columns, marked by triangles, stay in float. Below, the largest and the typical magnitude of each channel on "
+        "a logarithmic axis, with half a step of its grid: smaller values become 0. Right, bars with the error of the "
+        "layer's output for one scale per tensor, token, channel and group.",
     )
 
 
@@ -271,13 +271,15 @@ def _outliers_figure():
     with new_figure(height=520) as figure:
         axes = figure.subplot_mosaic("AC;BC", height_ratios=[1, 1.15], width_ratios=[2.7, 1])
         heat, profile, bars = axes["A"], axes["B"], axes["C"]
-        heat.set(ylabel="token", title="integer codes |q − z| (white: 0)", xticks=[])
+        heat.set(ylabel="token", title="integer codes |q − z| (white: 0, ▼: in float)", xticks=[])
         image = heat.imshow(np.zeros((1, 1, 4), np.uint8), aspect="auto", interpolation="nearest", animated=True)
+        in_float = heat.plot([], [], "v", ms=7, color=BLACK, clip_on=False, transform=heat.get_xaxis_transform(),
+                             scalex=False, scaley=False, in_layout=False, animated=True)[0]
         profile.set(xlabel="channel", ylabel="|x|", yscale="log")
         peaks = profile.plot([], [], color=GREY, lw=1, label="largest in channel")[0]
         typical = profile.plot([], [], ".", ms=3, color=BLACK, label="typical (median)")[0]
-        least = profile.plot([], [], color=BLUE, lw=1.6, animated=True, label="half a step")[0]
-        most = profile.plot([], [], color=BLUE, lw=1.6, animated=True)[0]
+        least = profile.plot([], [], color=BLUE, lw=1.6, animated=True, label="half a step", **ON_GREY)[0]
+        most = profile.plot([], [], color=BLUE, lw=1.6, animated=True, **ON_GREY)[0]
         threshold = profile.axhline(1, color=ORANGE, ls="--", animated=True, label="threshold")
         profile.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False, handlelength=1.2,
                        columnspacing=1, fontsize=12)
@@ -290,8 +292,9 @@ def _outliers_figure():
         worst = bars.plot([], [], "d", ms=9, color=BLACK, animated=True)[0]
         texts = [bars.text(_LEAST * 1.1, i - 0.36, "", va="center", fontsize=13, animated=True)
                  for i in range(len(GRANULARITIES))]
-    return figure, SimpleNamespace(place=None, heat=heat, image=image, profile=profile, peaks=peaks, typical=typical,
-                                   least=least, most=most, threshold=threshold, lines=lines, worst=worst, texts=texts)
+    return figure, SimpleNamespace(place=None, heat=heat, image=image, in_float=in_float, profile=profile, peaks=peaks,
+                                   typical=typical, least=least, most=most, threshold=threshold, lines=lines,
+                                   worst=worst, texts=texts)
 
 
 def _draw_outliers(artists, places, result):
@@ -309,6 +312,8 @@ def _draw_outliers(artists, places, result):
         artists.image.set_extent((0, channels, tokens, 0))
         artists.heat.set(xlim=(0, channels), ylim=(tokens, 0))
     artists.image.set_data(_heat_map(result))
+    columns = np.flatnonzero(result.in_float)
+    artists.in_float.set_data(columns + 0.5, np.ones(columns.size))
     starts = np.arange(channels + 1).repeat(2)[1:-1]
     for line, half in zip((artists.least, artists.most), result.half_steps, strict=True):
         line.set_data(starts, np.repeat(half, 2))

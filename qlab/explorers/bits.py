@@ -42,7 +42,7 @@ class BitBoxes(widgets.HBox):
         self._labels = {field: widgets.HTML() for field in _FIELDS}
         groups = [widgets.VBox([self._labels[field], self._rows[field]], layout={"margin": "0 8px 0 0"})
                   for field in _FIELDS]
-        super().__init__(groups, value=value, format=fmt)
+        super().__init__(groups, value=value, format=fmt, layout={"flex_flow": "row wrap"})
         self._build()
         self.observe(self._build, "format")
         self.observe(self._show, "value")

@@ -500,7 +500,7 @@ def _granularity_figure(w, shortest):
                             interpolation="nearest", animated=True)
         middle.set(xlim=(0, _WORST), ylim=(rows, 0), yticks=[], xlabel="RMS error (steps of the\nper-tensor grid)")
         own_scale = _UNIFORM * np.abs(w).max(axis=1) / np.abs(w).max()
-        grey = middle.fill_betweenx(np.arange(rows) + 0.5, 0, own_scale, color=GREY, alpha=0.4, lw=0)
+        grey = middle.fill_betweenx(np.arange(rows) + 0.5, 0, own_scale, fc=(GREY, 0.4), ec=GREY, lw=1)
         error = middle.plot(own_scale, np.arange(rows) + 0.5, color=ORANGE, animated=True)[0]
         middle.legend([Line2D([], [], color=ORANGE), grey], ["now", "a scale per row"], loc="lower center", ncols=2,
                       bbox_to_anchor=(0.5, 1), frameon=False, handlelength=1.2, columnspacing=1)

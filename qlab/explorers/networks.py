@@ -762,10 +762,10 @@ def _run_figure(layers, first, last):
         right.set_yticks(range(len(layers)), layers)
         right.tick_params(axis="y", length=0)
         bars = [LineCollection([], colors=color, linewidths=width, capstyle="butt", animated=True)
-                for color, width in (("#CFCFCF", 24), (BLUE, 10))]
+                for color, width in ((GREY, 24), (BLUE, 10))]
         for bar in bars:
             right.add_collection(bar, autolim=False)
-        right.legend([Line2D([], [], color="#CFCFCF", lw=12), Line2D([], [], color=BLUE, lw=6)],
+        right.legend([Line2D([], [], color=GREY, lw=12), Line2D([], [], color=BLUE, lw=6)],
                      ["at first", "now"], loc="lower right", ncols=2, bbox_to_anchor=(1, 1), frameon=False)
         names = [right.text(0, row, "", va="center_baseline", fontsize=13, animated=True) for row in range(len(layers))]
     return figure, SimpleNamespace(above=above, right=right, losses=losses, accuracies=accuracies, here=here, dots=dots,

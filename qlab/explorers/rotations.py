@@ -13,7 +13,7 @@ from qlab.affine import QParams, absmax_params, dequantize, fake_quantize, real_
 from qlab.explorers.activations import _checked, _name, _place_control
 from qlab.explorers.grids import _paths
 from qlab.explorers.ranges import _bits_slider
-from qlab.live import BLACK, BLUE, GREEN, GREY, ORANGE, VERMILION, Explorer, new_figure
+from qlab.live import BLACK, BLUE, GREEN, GREY, ON_GREY, ORANGE, VERMILION, Explorer, new_figure
 from qlab.outliers import kurtosis, params_of
 from qlab.spinquant import _check_orthogonal, fast_hadamard, random_hadamard, random_orthogonal
 
@@ -136,7 +136,7 @@ def _figure_2d(limit):
             axes.spines[:].set_visible(True)
             moving = {"animated": True, "scalex": False, "scaley": False}
             panels.append(SimpleNamespace(
-                grid=axes.plot([], [], color=BLUE, lw=0.5, alpha=0.6, **moving)[0],
+                grid=axes.plot([], [], color=BLUE, lw=0.5, **moving)[0],
                 square=axes.plot([], [], color=BLUE, lw=2, **moving)[0],
                 axis=axes.plot([], [], color=ORANGE, lw=2, ls="--", **moving)[0],
                 levels=axes.plot([], [], "s", color=VERMILION, ms=5, **moving)[0],
@@ -366,13 +366,13 @@ def _rotation_figure(names):
         profile, histogram, bars = figure.subplots(1, 3, width_ratios=[1.7, 1, 1.25])
         moving = {"animated": True, "scalex": False, "scaley": False}
         profile.set(xlabel="channel", ylabel="|x|", yscale="log", title="largest in each channel")
-        before = profile.plot([], [], color=GREY, lw=1, alpha=0.7)[0]
-        after = profile.plot([], [], ".", ms=4, color=VERMILION, **moving)[0]
-        halves = [axes.plot([], [], color=BLUE, lw=1.8, transform=axes.get_yaxis_transform(), **moving)[0]
+        before = profile.plot([], [], color=GREY, lw=1)[0]
+        after = profile.plot([], [], ".", ms=4, color=BLACK, **moving)[0]
+        halves = [axes.plot([], [], color=BLUE, lw=1.8, transform=axes.get_yaxis_transform(), **moving, **ON_GREY)[0]
                   for axes in (profile, histogram)]
         histogram.set(xscale="log", yscale="log", xlabel="number of values", title="all values", yticklabels=[])
-        counts_before = histogram.fill_betweenx([], [], color=GREY, alpha=0.5, lw=0, step="pre")
-        counts = histogram.plot([], [], color=VERMILION, **moving)[0]
+        counts_before = histogram.fill_betweenx([], [], fc=(GREY, 0.5), ec=GREY, lw=1, step="pre")
+        counts = histogram.plot([], [], color=BLACK, **moving)[0]
         profile.legend([before, after, halves[0]], ["before", "after", "½ step (least, most)"], loc="upper center",
                        ncols=3, frameon=False, handlelength=1, columnspacing=0.9, handletextpad=0.5, fontsize=12)
         bars.set(title="error of the output", xscale="log", xlim=(_LEAST, _MOST), ylim=(len(names) - 0.4, -0.7),
@@ -398,7 +398,7 @@ def _draw_rotation(artists, before, scales, result):
         artists.profile.set(xlim=(0, columns.size), ylim=(scale.low, 4 * scale.high))
         artists.counts_before.remove()
         artists.counts_before = artists.histogram.fill_betweenx(
-            scale.bins, 0.7, np.append(old.counts, 0).clip(0.7), step="post", color=GREY, alpha=0.5, lw=0)
+            scale.bins, 0.7, np.append(old.counts, 0).clip(0.7), step="post", fc=(GREY, 0.5), ec=GREY, lw=1)
         artists.histogram.set(xlim=(0.7, 1.5 * old.x.numel()), ylim=(scale.low, 4 * scale.high), yticklabels=[])
     artists.after.set_data(columns, result.turned.largest)
     artists.counts.set_data(result.turned.counts.clip(0.7).repeat(2), scale.bins.repeat(2)[1:-1])

@@ -11,7 +11,7 @@ import torch
 from qlab.affine import absmax_params, fake_quantize
 from qlab.explorers.activations import _checked, _place_control
 from qlab.explorers.ranges import _bits_slider
-from qlab.live import BLACK, BLUE, GREY, ORANGE, VERMILION, Explorer, new_figure
+from qlab.live import BLACK, GREY, ORANGE, VERMILION, Explorer, new_figure
 from qlab.smoothquant import smoothing_scales
 
 OFF, RIGHT, PRINTED = "off", "X / s, W · s", "X · s, W / s (slides)"
@@ -134,9 +134,8 @@ def _figure():
         x, w, curve = axes["X"], axes["W"], axes["E"]
         x.set(title="largest |X| of each channel", yscale="log", xticks=[])
         w.set(title="largest |W| of each channel", yscale="log", xlabel="channel")
-        before = [panel.plot([], [], color=GREY, lw=1, alpha=0.7, label="before")[0] for panel in (x, w)]
-        after = [panel.plot([], [], color=color, lw=1, animated=True, label="as quantized")[0]
-                 for panel, color in ((x, VERMILION), (w, BLUE))]
+        before = [panel.plot([], [], color=GREY, lw=1, label="before")[0] for panel in (x, w)]
+        after = [panel.plot([], [], color=BLACK, lw=1, animated=True, label="as quantized")[0] for panel in (x, w)]
         for panel in (x, w):
             panel.legend(loc="lower right", ncols=2, fontsize=11, framealpha=0.8)
         curve.set(title="error of Y = X Wᵀ", xlabel="α  (0: all to X,  1: all to W)", xlim=(-0.03, 1.03),

@@ -12,6 +12,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
 
 TOKEN = "qlab"
@@ -40,6 +41,13 @@ ALL_RUN = """() => { const panel = jupyterapp.shell.currentWidget;
     || code.some(c => c.sharedModel.outputs.some(o => o.output_type === 'error'))); }"""
 CELL_ERRORS = """() => Array.from(jupyterapp.shell.currentWidget.content.model.cells).filter(c => c.type === 'code')
   .flatMap(c => c.sharedModel.outputs.filter(o => o.output_type === 'error').map(o => `${o.ename}: ${o.evalue}`))"""
+BACKGROUND = "() => getComputedStyle(document.body).getPropertyValue('--jp-layout-color0')"
+ONLY_OUTPUTS = """.jp-InputArea-editor { display: none !important }  /* half of the elements, and half of axe's time */
+body { overflow: visible !important }  /* the body has no height, and axe takes what is beyond it for hidden */"""
+NOT_OURS = (  # rules of axe-core on what no notebook decides
+    "link-in-text-block",  # JupyterLab underlines no link in Markdown; links differ by colour from the text around
+)
+LESSON = {"include": [[".jp-Notebook .jp-Cell-outputArea"], [".jp-Notebook .jp-MarkdownOutput"]]}
 
 
 def find_chromium():
@@ -100,6 +108,36 @@ def run_all(page, timeout=400):
     page.evaluate("() => jupyterapp.commands.execute('notebook:run-all-cells')")
     page.wait_for_function(ALL_RUN, timeout=timeout * 1000)
     return page.evaluate(CELL_ERRORS)
+
+
+def set_theme(page, theme):
+    """Change JupyterLab's theme to "Light" or "Dark"."""
+    before = page.evaluate(BACKGROUND)
+    name = f"JupyterLab {theme}"
+    if page.evaluate("() => document.body.dataset.jpThemeName") != name:
+        page.evaluate("theme => jupyterapp.commands.execute('apputils:change-theme', {theme})", name)
+        page.wait_for_function(f"before => ({BACKGROUND})() !== before", arg=before)
+
+
+def violations(page, rules=None):
+    """What axe-core finds in the outputs and the rendered text of the notebook, if it is serious or critical.
+
+    By all of its rules, or those named in ``rules``. One text for each element: the rule, its HTML, where, and why.
+    """
+    size = page.viewport_size
+    total = page.locator(".jp-WindowedPanel-outer:visible").evaluate("pane => pane.scrollHeight")
+    page.set_viewport_size({**size, "height": total + 400})  # axe judges the contrast of what is in the window
+    style = page.add_style_tag(content=ONLY_OUTPUTS)
+    try:
+        options = {"resultTypes": ["violations"], "rules": {rule: {"enabled": False} for rule in NOT_OURS}}
+        options |= {"runOnly": rules} if rules else {}
+        found = Axe().run(page, context=LESSON, options=options).response
+    finally:
+        style.evaluate("style => style.remove()")
+        page.set_viewport_size(size)
+    assert any(rule["id"] == "color-contrast" and rule["nodes"] for rule in found["passes"]), "axe has seen no text"
+    return [f"{rule['id']}: {node['html'][:200]}\n    {node['target']}\n    {node['failureSummary']}"
+            for rule in found["violations"] if rule["impact"] in ("serious", "critical") for node in rule["nodes"]]
 
 
 def ask_kernel(page, code):

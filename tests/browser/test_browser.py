@@ -12,7 +12,16 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from qlab import calibration, samples
 from tests.benchmarks.footprint import PEAK
-from tests.browser.lab import ask_kernel, chromium, find_chromium, jupyterlab, open_notebook, run_all
+from tests.browser.lab import (
+    ask_kernel,
+    chromium,
+    find_chromium,
+    jupyterlab,
+    open_notebook,
+    run_all,
+    set_theme,
+    violations,
+)
 
 if not find_chromium() and not os.environ.get("CI"):
     pytest.skip("no Chromium: install it, or name it in QLAB_CHROMIUM", allow_module_level=True)
@@ -297,6 +306,10 @@ def test_lesson(lab, said, lesson):
         width, height, colors, _ = map(int, Figure(page, outputs.nth(i)).pixels().split(","))
         assert width > 300 < 3 * height
         assert colors > 20
+    set_theme(page, "Light")
+    assert not (found := violations(page)), "\n".join(found)
+    set_theme(page, "Dark")
+    assert not (found := violations(page, ["color-contrast"])), "\n".join(found)
     with_bits = outputs.filter(has=page.locator(".widget-label:text-is('bits')"))
     first = Figure(page, (with_bits if with_bits.count() else outputs).first)
     before = first.pixels()

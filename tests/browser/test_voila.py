@@ -1,0 +1,63 @@
+"""A lesson as an app: ``voila notebooks/03…`` shows its text and live figures, and no code."""
+
+import contextlib
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Error
+
+from tests.browser.lab import chromium, find_chromium
+
+if not importlib.util.find_spec("voila"):
+    pytest.skip("voila is not installed", allow_module_level=True)
+if not find_chromium() and not os.environ.get("CI"):
+    pytest.skip("no Chromium: install it, or name it in QLAB_CHROMIUM", allow_module_level=True)
+
+LESSON = Path(__file__).parents[2] / "notebooks" / "03_clipping_and_calibration.ipynb"
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory):
+    if not find_chromium():
+        pytest.fail("no Chromium, and CI must not skip these tests")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("voila") / "log"
+    with open(log, "w") as file:
+        server = subprocess.Popen([sys.executable, "-m", "voila", LESSON, "--no-browser", "--Voila.ip=127.0.0.1",
+                                   f"--port={port}"], stdout=file, stderr=subprocess.STDOUT)
+    try:
+        with chromium(height=1000) as page:
+            for _ in range(600):
+                assert server.poll() is None, log.read_text()
+                with contextlib.suppress(Error):
+                    page.goto(f"http://127.0.0.1:{port}/", timeout=180_000)
+                    break
+                time.sleep(0.1)
+            page.locator(".jupyter-widgets img").nth(2).wait_for(timeout=120_000)
+            yield page
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def test_the_figures_are_live(app):
+    image = app.locator(".jupyter-widgets img").first.element_handle()
+    before = image.get_attribute("src")
+    app.locator(".noUi-handle").nth(1).press("ArrowLeft")
+    app.wait_for_function("([image, before]) => image.src !== before", arg=[image, before], timeout=10_000)
+
+
+def test_there_is_text_and_no_code(app):
+    shown = app.inner_text("body")
+    assert "Move the range" in shown
+    assert "your code here" not in shown
+    assert "exercises.check" not in shown
+    assert app.locator("details").count() == LESSON.read_text().count("<details>")
