@@ -13,16 +13,17 @@ Vectors are rows, as everywhere in torch: a linear layer maps x to x Wᵀ, and a
 """
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
 from qlab.affine import check_bits, real_array
 from qlab.outliers import capture, dynamic_quantizers
-from qlab.smollm import HEAD_CHANNELS, LAYERS, READERS, check_tokens, reweighted
+from qlab.smollm import HEAD_CHANNELS, LAYERS, READERS, check_tokens, inserted, reweighted
 from qlab.training import Steps
 
 _PALEY = (12, 20)
@@ -481,10 +482,11 @@ class RotationStep(NamedTuple):
 
     step: int
     steps: int
-    loss: float  # the proxy of this step's vectors, before the step
+    loss: float  # of this step's vectors or tokens, before the step
     orthogonality: float  # max |RᵀR − I| after it
     step_size: float  # a in `CayleySGD`
     rotation: torch.Tensor
+    r2: torch.Tensor | None = None  # of `learn_end_to_end`: (layers, 64, 64)
 
 
 @torch.no_grad()
@@ -604,7 +606,7 @@ def learn_rotation(inputs, *, start, steps=200, lr=1.5, batch_size=4096, seed=0)
     for name, value in (("steps", steps), ("batch_size", batch_size)):
         _check_count(value, name)
     chance = _generator(seed)
-    r = nn.Parameter(start.to(x.dtype))
+    r = nn.Parameter(start.to(x.dtype, copy=True))
     optimizer = CayleySGD([r], lr, seed=seed)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     identity = torch.eye(len(r), dtype=r.dtype)
@@ -620,6 +622,87 @@ def learn_rotation(inputs, *, start, steps=200, lr=1.5, batch_size=4096, seed=0)
             rotation = r.detach().clone()
             deviation = (rotation.T @ rotation - identity).abs().max().item()
             yield RotationStep(step, steps, loss.item(), deviation, optimizer.state[r]["step_size"], rotation)
+
+    return Steps(run(), steps)
+
+
+def learn_end_to_end(model, tokens, *, r1, r2, bits=4, steps=60, lr=1.5, batch_size=2, seed=0):
+    """Learn R1 and the R2 of each layer by `CayleySGD` on what SpinQuant minimizes: the quantized network's own loss.
+
+    The loss is the mean cross-entropy of the next token, with every activation quantized per token and R4 in front of
+    ``down``; weights stay in float. The gradient passes rounding straight through, and the step of a grid follows the
+    range of its token. (In the published code, it takes the step for a constant.) ``lr`` falls to 0 along half a
+    cosine. A step on 2 × 256 tokens takes about 4 s on two cores.
+
+    Parameters
+    ----------
+    model : SmolLM
+        From `fold_gains`. Its weights take no part in the learning.
+    tokens : int64 tensor, shape (N, T)
+    r1, r2 : float tensors, as `rotate`
+        Where to start.
+    bits : int, 2 to 16
+    steps : int, ≥ 1
+    lr : float, > 0
+    batch_size : int, ≥ 1
+        Sequences drawn for each step.
+    seed : int
+
+    Returns
+    -------
+    iterator of RotationStep
+        As `learn_rotation`; with ``r2``, and the largest deviation of all matrices from orthogonal.
+
+    Raises
+    ------
+    ValueError
+        If the model's gains are not folded or it was changed since, or an argument is out of range.
+
+    References
+    ----------
+    Liu et al. 2025, "SpinQuant: LLM quantization with learned rotations", section 3.2, equation 2.
+    """
+    _check_folded(model)
+    check_tokens(tokens)
+    for name, value in (("steps", steps), ("batch_size", batch_size)):
+        _check_count(value, name)
+    channels, layers = model.embedding.embedding_dim, range(len(model.blocks))
+    dtype = model.embedding.weight.dtype
+    r1 = nn.Parameter(_check_orthogonal(r1, "r1", channels).to(dtype, copy=True))
+    heads = _check_orthogonal(r2, "r2", HEAD_CHANNELS, len(layers)).to(dtype).expand(len(layers), -1, -1)
+    r2 = [nn.Parameter(r.clone()) for r in heads]
+    check_bits(bits)
+    quantizer = dynamic_quantizers("token", bits, places=["any"])["any"]
+
+    def residual(x):
+        return quantizer(x @ r1) @ r1.T  # back again, so that the weights need not be rotated in every step
+
+    def values(r, x):
+        turned = quantizer((x.unflatten(-1, (-1, HEAD_CHANNELS)) @ r).flatten(-2))
+        return (turned.unflatten(-1, (-1, HEAD_CHANNELS)) @ r.T).flatten(-2)
+
+    network = rotate(model, torch.eye(channels), r4=True)
+    functions = {(i, site): residual for i in layers for site in ("attn_in", "mlp_in")}
+    functions |= {(i, "o_in"): partial(values, r2[i]) for i in layers}
+    functions = online(network, functions | {(i, "down_in"): quantizer for i in layers})
+    chance = _generator(seed)
+    optimizer = CayleySGD([r1, *r2], lr, seed=seed)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+    def run():
+        for step in range(1, steps + 1):
+            batch = tokens[torch.randperm(len(tokens), generator=chance)[:batch_size]]
+            with inserted(network, functions):
+                logits = network.head(network.hidden(batch)[:, :-1])
+            loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            found = [r.detach().clone() for r in (r1, *r2)]
+            deviation = max((r.T @ r - torch.eye(len(r), dtype=dtype)).abs().max().item() for r in found)
+            yield RotationStep(step, steps, loss.item(), deviation, optimizer.state[r1]["step_size"], found[0],
+                               torch.stack(found[1:]))
 
     return Steps(run(), steps)
 

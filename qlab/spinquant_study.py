@@ -1,8 +1,8 @@
 """Lesson 07's table: rotations of a language model, over kinds and seeds. ``python -m qlab.spinquant_study`` makes it.
 
-The command learns one rotation for each seed, measures perplexities on evaluation text, and writes ``spinquant.json``
-and the first learned rotation, ``spinquant_r1.safetensors``, beside the samples: about a quarter of an hour on two
-cores. The lesson loads both files and repeats rows.
+The command learns one rotation for each seed on the proxy, and one end to end, measures perplexities on evaluation
+text, and writes ``spinquant.json`` and the first learned rotation, ``spinquant_r1.safetensors``, beside the samples:
+about a quarter of an hour on two cores. The lesson loads both files and repeats rows.
 
 Weights have 8 bits, one scale for each row; activations 4 bits, dynamic, one range for each token. That is where a
 model of 135 million parameters shows what rotations do: at 8 bits per token nothing is lost to begin with.
@@ -24,6 +24,7 @@ from qlab.outliers import dynamic_quantizers
 from qlab.spinquant import (
     fold_gains,
     kv_quantizers,
+    learn_end_to_end,
     learn_rotation,
     online,
     proxy_inputs,
@@ -37,8 +38,10 @@ SEEDS = range(5)
 SEQUENCES, LENGTH = 8, 512
 WEIGHT_BITS, BITS = 8, 4
 PER_SITE, STEPS = 1024, 200
+END_TO_END_STEPS, END_TO_END_LENGTH = 60, 256
 PLACES = [(layer, site) for layer in range(smollm.LAYERS) for site in smollm.SITES]
 METHODS = ("none", "Hadamard R1 R2", "Hadamard R1 R2 R4", "orthogonal R1 R2 R4", "learned R1 R2 R4")
+END_TO_END = "end to end R1 R2 R4"
 _JSON = Path(samples.__file__).with_name("spinquant.json")
 _ROTATION = Path(samples.__file__).with_name("spinquant_r1.safetensors")
 
@@ -113,6 +116,13 @@ def main():
         value = quantized_perplexity(version, evaluation)
         rows.append({"method": method, "seed": seed, "perplexity": round(value, 2)})
         tqdm.write(str(rows[-1]))
+    start, hadamard = time.perf_counter(), [random_hadamard(n, 0) for n in (smollm.CHANNELS, smollm.HEAD_CHANNELS)]
+    *_, last = learn_end_to_end(folded, calibration.reshape(-1, END_TO_END_LENGTH), r1=hadamard[0], r2=hadamard[1],
+                                bits=BITS, steps=END_TO_END_STEPS)
+    end_to_end = {"seconds": round(time.perf_counter() - start), "steps": END_TO_END_STEPS}
+    value = quantized_perplexity(rotate(folded, last.rotation, last.r2, r4=True), evaluation)
+    rows.append({"method": END_TO_END, "seed": 0, "perplexity": round(value, 2)})
+    print(rows[-1], end_to_end)
     cache = []
     for bits in (4, 3):
         for r3 in (False, True):
@@ -122,7 +132,7 @@ def main():
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "evaluation": [SEQUENCES, LENGTH], "weight_bits": WEIGHT_BITS, "activation_bits": BITS,
         "float32": round(smollm.perplexity(model, evaluation), 2), "steps": STEPS,
-        "learning": [learned(seed)[1] for seed in SEEDS], "rows": rows, "cache": cache,
+        "learning": [learned(seed)[1] for seed in SEEDS], "end_to_end": end_to_end, "rows": rows, "cache": cache,
     }
     _JSON.write_text(json.dumps(table, indent=0) + "\n")
     save_file({"r1": learned(0)[0].rotation.contiguous()}, _ROTATION)

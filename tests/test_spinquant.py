@@ -12,9 +12,9 @@ import torch
 from scipy.linalg import hadamard as sylvester
 from torch import nn
 
-from qlab import explorers, smollm
+from qlab import explorers, smollm, spinquant_study
 from qlab.outliers import capture, dynamic_quantizers
-from qlab.smollm import READERS, reweighted, texts
+from qlab.smollm import READERS, SITES, reweighted, texts
 from qlab.spinquant import (
     CayleySGD,
     ProxyInputs,
@@ -23,6 +23,7 @@ from qlab.spinquant import (
     fold_gains,
     hadamard,
     kv_quantizers,
+    learn_end_to_end,
     learn_rotation,
     online,
     proxy_inputs,
@@ -416,6 +417,13 @@ def test_learning_lowers_the_proxy_of_other_vectors():
     assert other.loss != steps[0].loss
 
 
+def test_learning_leaves_its_start_as_it_is():
+    start = random_orthogonal(16, 0, DOUBLE)
+    kept, inputs = start.clone(), ProxyInputs(normal(50, 16), torch.ones(50, dtype=DOUBLE))
+    next(learn_rotation(inputs, start=start, steps=1))
+    assert torch.equal(start, kept)
+
+
 def test_the_step_size_falls_along_a_cosine():
     steps = list(learn_rotation(outliers(100, 0), start=torch.eye(16), steps=10, lr=1e-9))
     expected = [1e-9 * (1 + math.cos(math.pi * i / 10)) / 2 for i in range(10)]
@@ -450,6 +458,84 @@ def test_the_proxy_refuses(model, folded, tokens):
     ]:
         with pytest.raises(ValueError, match=re.escape(message)):
             learn_rotation(outliers(10, 0), **{"start": torch.eye(16)} | arguments)
+
+
+# End to end
+
+
+def test_the_gradient_of_end_to_end_learning_turns_the_network_that_is_evaluated(folded, tokens):
+    """Its loss is the loss of the rotated and quantized model, and its first step goes down that loss."""
+    r2 = random_hadamard(64, 1, DOUBLE)
+    first = next(learn_end_to_end(folded, tokens, r1=R1, r2=r2, bits=4, steps=1, batch_size=2, lr=1e-9))
+    rotated = rotate(folded, R1, r2, r4=True)
+    places = [(i, site) for i in range(2) for site in SITES]
+    with smollm.inserted(rotated, online(rotated, dynamic_quantizers("token", 4, places=places))):
+        expected = torch.nn.functional.cross_entropy(rotated(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    assert first.loss == pytest.approx(expected.item(), rel=1e-9)
+    torch.testing.assert_close(first.rotation, R1, rtol=0, atol=1e-6)
+
+
+def test_end_to_end_learning_lowers_the_loss(folded, tokens):
+    start, kept = {"r1": R1, "r2": random_hadamard(64, 1, DOUBLE).expand(2, -1, -1)}, R1.clone()
+    steps = list(learn_end_to_end(folded, tokens, **start, bits=3, steps=40, lr=0.05))
+    assert [step.step for step in steps] == [*range(1, 41)]
+    assert sum(step.loss for step in steps[-5:]) < sum(step.loss for step in steps[:5])
+    last = steps[-1]
+    assert last.rotation.shape == (48, 48) and last.r2.shape == (2, 64, 64)
+    deviations = [(r.T @ r - torch.eye(len(r), dtype=DOUBLE)).abs().max().item() for r in (last.rotation, *last.r2)]
+    assert last.orthogonality == pytest.approx(max(deviations), abs=1e-12) and max(deviations) < 1e-4
+    assert all((r - start["r2"][0]).abs().max() > 1e-3 for r in last.r2)  # each R2 has learned
+    assert (last.r2[0] - last.r2[1]).abs().max() > 1e-3
+    again = next(learn_end_to_end(folded, tokens, **start, bits=3, steps=40, lr=0.05))
+    assert torch.equal(again.rotation, steps[0].rotation)
+    assert torch.equal(start["r1"], kept)
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in folded.parameters())
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"tokens": torch.zeros(3, dtype=torch.int64)}, "tokens must be int64 of shape"),
+    ({"r1": torch.eye(8)}, "r1 must be a tensor of shape (48, 48), got (8, 8)"),
+    ({"r2": torch.ones(64, 64)}, "r2 must be orthogonal"),
+    ({"bits": 1}, "bits must be an integer from 2 to 16, got 1"),
+    ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
+    ({"batch_size": True}, "batch_size must be an integer of at least 1, got True"),
+    ({"lr": 0}, "lr must be more than 0 and finite, got 0"),
+])
+def test_end_to_end_learning_refuses(folded, tokens, arguments, message):
+    given = {"tokens": tokens, "r1": R1, "r2": random_hadamard(64, 1)} | arguments
+    with pytest.raises(ValueError, match=re.escape(message)):
+        learn_end_to_end(folded, **given)
+
+
+def test_end_to_end_learning_needs_folded_gains(model, tokens):
+    with pytest.raises(ValueError, match="model must come from fold_gains"):
+        learn_end_to_end(model, tokens, r1=R1, r2=random_hadamard(64, 1))
+
+
+# The table of lesson 07
+
+
+def test_the_table_says_what_the_lesson_says():
+    table = spinquant_study.load()
+    found = {}
+    for row in table["rows"]:
+        found.setdefault(row["method"], []).append(row["perplexity"])
+    (none,), (end_to_end,) = found["none"], found[spinquant_study.END_TO_END]
+    residual, random, orthogonal, learned = (found[method] for method in spinquant_study.METHODS[1:])
+    assert {len(some) for some in (residual, random, orthogonal, learned)} == {5}
+    assert min(orthogonal) > max(random) > min(random) > max(learned)
+    assert min(learned) < 0.92 * min(random)
+    assert max(learned) < end_to_end < random[0]
+    assert table["end_to_end"]["seconds"] > 3 * max(entry["seconds"] for entry in table["learning"])
+    assert none - random[0] > 10 * (random[0] - min(learned))
+    assert table["float32"] < 0.8 * min(learned)
+    assert all(entry["held_out_after"] < entry["held_out_before"] for entry in table["learning"])
+    assert max(entry["orthogonality"] for entry in table["learning"]) <= 1e-5
+    for bits in (3, 4):
+        without, turned = (entry["perplexity"] for entry in table["cache"] if entry["bits"] == bits)
+        assert turned < without
+    r1 = spinquant_study.learned_rotation()
+    torch.testing.assert_close(r1.T @ r1, torch.eye(576), rtol=0, atol=1e-5)
 
 
 # The real model
