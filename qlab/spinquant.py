@@ -530,7 +530,7 @@ def proxy_inputs(model, tokens, *, per_site=2048, seed=0, progress=False):
 
 
 def proxy_loss(r, inputs):
-    """Mean of (max x R − min x R)² · ‖W‖²_F / ‖x Wᵀ‖²: the error of quantizing x R per token beside the products.
+    """Mean of (max x R − min x R)² · ‖W‖²_F / ‖x Wᵀ‖²: the error of quantizing x R per token relative to the products.
 
     The step of a token's grid goes with the range of x R, each of its rounding errors with the step, and the error of
     the product with ‖W‖_F, which no rotation changes.
@@ -629,10 +629,10 @@ def learn_rotation(inputs, *, start, steps=200, lr=1.5, batch_size=4096, seed=0)
 def learn_end_to_end(model, tokens, *, r1, r2, bits=4, steps=60, lr=1.5, batch_size=2, seed=0):
     """Learn R1 and the R2 of each layer by `CayleySGD` on what SpinQuant minimizes: the quantized network's own loss.
 
-    The loss is the mean cross-entropy of the next token, with every activation quantized per token and R4 in front of
-    ``down``; weights stay in float. The gradient passes rounding straight through, and the step of a grid follows the
-    range of its token. (In the published code, it takes the step for a constant.) ``lr`` falls to 0 along half a
-    cosine. A step on 2 × 256 tokens takes about 4 s on two cores.
+    The loss is the mean cross-entropy of the next token, with what the linear layers of the blocks read quantized per
+    token and R4 in front of ``down``; weights stay in float. The gradient passes rounding straight through, and flows
+    through the scale of each token into its largest and least value. (In the published code, scales are constants.)
+    ``lr`` falls to 0 along half a cosine. A step on 2 × 256 tokens takes about 4 s on two cores.
 
     Parameters
     ----------
@@ -645,13 +645,13 @@ def learn_end_to_end(model, tokens, *, r1, r2, bits=4, steps=60, lr=1.5, batch_s
     steps : int, ≥ 1
     lr : float, > 0
     batch_size : int, ≥ 1
-        Sequences drawn for each step.
+        Sequences drawn for each step; all if there are fewer.
     seed : int
 
     Returns
     -------
     iterator of RotationStep
-        As `learn_rotation`; with ``r2``, and the largest deviation of all matrices from orthogonal.
+        As `learn_rotation`; with ``r2``, the step size of R1, and the largest deviation of any matrix from orthogonal.
 
     Raises
     ------

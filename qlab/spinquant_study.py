@@ -5,7 +5,7 @@ text, and writes ``spinquant.json`` and the first learned rotation, ``spinquant_
 about a quarter of an hour on two cores. The lesson loads both files and repeats rows.
 
 Weights have 8 bits, one scale for each row; activations 4 bits, dynamic, one range for each token. That is where a
-model of 135 million parameters shows what rotations do: at 8 bits per token nothing is lost to begin with.
+model of 135 million parameters shows what rotations do: at 8 bits per token little is lost to begin with.
 """
 
 import json
@@ -40,7 +40,7 @@ WEIGHT_BITS, BITS = 8, 4
 PER_SITE, STEPS = 1024, 200
 END_TO_END_STEPS, END_TO_END_LENGTH = 60, 256
 PLACES = [(layer, site) for layer in range(smollm.LAYERS) for site in smollm.SITES]
-METHODS = ("none", "Hadamard R1 R2", "Hadamard R1 R2 R4", "orthogonal R1 R2 R4", "learned R1 R2 R4")
+METHODS = ("none", "Hadamard R1 R2", "Hadamard R1 R2 R4", "orthogonal R1 R2 R4", "learned R1, same R2 R4")
 END_TO_END = "end to end R1 R2 R4"
 _JSON = Path(samples.__file__).with_name("spinquant.json")
 _ROTATION = Path(samples.__file__).with_name("spinquant_r1.safetensors")
@@ -69,7 +69,7 @@ def learned_rotation():
 
 
 def rotated(folded, method, seed, r1=None):
-    """The model of `fold_gains`, rotated by one of ``METHODS`` but "none"; R1 of the learned one is given."""
+    """The model of `fold_gains`, rotated by one of ``METHODS`` but "none"; ``r1`` is that of the learned one."""
     if method.startswith("Hadamard"):
         r1 = random_hadamard(smollm.CHANNELS, seed)
     elif method.startswith("orthogonal"):

@@ -388,9 +388,10 @@ MISTAKES = [
     ("cayley", lambda a, step: cayley(a, step).T, "turns the other way"),
     ("cayley", lambda a, step: cayley(a, -step), "turns the other way"),
     ("cayley", lambda a, step: cayley(a, 2 * step), "half is missing"),
-    ("cayley", lambda a, step: np.eye(len(a)) + step * a, "plain gradient descent"),
+    ("cayley", lambda a, step: np.eye(len(a)) + step * a, "straight step along the tangent"),
     ("cayley", lambda a, step: np.identity(len(a)) + a * step / 2, "inverse of the first bracket"),
     ("cayley", lambda a, step: np.linalg.inv(np.eye(len(a)) - step / 2 * a) * (np.eye(len(a)) + step / 2 * a), "`@`"),
+    ("cayley", lambda a, step: (np.eye(len(a)) + step / 2 * a) / (np.eye(len(a)) - step / 2 * a), "divides entry by"),
 ]
 CHECKS = ["decode", "encode", "spacing", "absmax", "zero_point", "quantize", "clipping_error", "percentile_range",
           "best_range", "fold_batch_norm", "straight_through", "multiplier", "token_scales", "decompose",

@@ -21,6 +21,29 @@ LIVE = {  # lesson and variable: what makes the figure there
     ("07", "live_2d"): explorers.rotation_2d,
     ("07", "live"): explorers.rotation,
 }
+SHOWN = {  # move: what it is to show, of the numbers before and after
+    'live.set(binary="1 10000100 11011010100000000000000")': lambda old, new: new["stored"] == "−59.3125",
+    'live.set(scheme="zero-point")': lambda old, new: 0.8 * old["mse"] < new["mse"] < old["mse"],
+    'live.press("[1, 2, 3]")': lambda old, new: new["zero_point"] == new["qmin"],
+    'live_weights.set(per="group", group_size=32)': lambda old, new: round(new["bits_per_weight"], 2) == 4.5,
+    'live.press("MSE")': lambda old, new: new["mse"] < 0.3 * old["mse"],
+    "live_drift.set(gain=2)": lambda old, new: new["lost_db"] > 2 * old["lost_db"],
+    "live.set(weight_bits=3, activation_bits=3)": lambda old, new: new["accuracy"] < 70,
+    'live.set(weights="per channel")': lambda old, new: new["accuracy"] > old["accuracy"] + 10,
+    'live.set(calibrator="MSE", weight_range="MSE")': lambda old, new: new["accuracy"] > old["accuracy"] + 5,
+    'live.set(granularity="token")': lambda old, new: (
+        new["others_to_zero_percent"] < 0.3 * old["others_to_zero_percent"]),
+    'live.set(treatment="in float")': lambda old, new: (
+        new["output_error_percent"] < 0.3 * old["output_error_percent"]),
+    'live.set(direction="X / s, W · s", alpha=0.5)': lambda old, new: (
+        new["output_error_percent"] < 0.5 * old["output_error_percent"]),
+    "live.set(alpha=1)": lambda old, new: new["output_error_percent"] > new["off_percent"],
+    "live_2d.set(theta=45)": lambda old, new: new["error_percent"] < 0.8 * old["error_percent"],
+    'live_2d.set(outlier="diagonal")': lambda old, new: new["error_percent"] > new["without_rotation_percent"],
+    'live.set(rotate="Hadamard")': lambda old, new: (
+        new["output_error_percent"] < 0.4 * old["output_error_percent"]),
+    'live.set(place=(11, "down_in"), granularity="tensor")': lambda old, new: new["output_error_percent"] > 50,
+}
 
 
 def sources(lesson):
@@ -44,7 +67,8 @@ def test_every_class_takes_75_minutes():
     assert [sum(int(row[0]) for row in table) for table in teachers_rows()] == 5 * [75]
 
 
-def test_the_teachers_moves_move_the_figures_of_their_lessons():
+def test_the_teachers_moves_show_on_the_figures_of_their_lessons_what_they_are_to_show():
+    shown = set()
     for table in teachers_rows():
         figures = {}
         for _, where, *_, move in table:
@@ -57,3 +81,7 @@ def test_the_teachers_moves_move_the_figures_of_their_lessons():
                 eval(call, {name: figure})
                 assert not figure.errors
                 assert figure.readout != before, call
+                if call in SHOWN:
+                    assert SHOWN[call](before, figure.readout), (call, before, figure.readout)
+                    shown.add(call)
+    assert shown == set(SHOWN)

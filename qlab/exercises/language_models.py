@@ -137,9 +137,9 @@ def check_hadamard(function):
 
 @recorded
 def check_cayley(function):
-    """Check ``function(a, step)``, the Cayley transform (I − step/2 · A)⁻¹ (I + step/2 · A) of a skew-symmetric A.
+    """Check ``function(skew, step)``, the Cayley transform (I − step/2 · A)⁻¹ (I + step/2 · A) of A = ``skew``.
 
-    a has the shape (n, n).
+    skew has the shape (n, n), and A = −Aᵀ.
 
     References
     ----------
@@ -158,15 +158,17 @@ def check_cayley(function):
         (lambda a, step: right(a, -step), "This turns the other way: I − step/2 · A is the one that is inverted."),
         (lambda a, step: right(a, 2 * step), "The half is missing: step/2 in both brackets."),
         (lambda a, step: np.eye(len(a)) + step * a,
-         "This is one step of plain gradient descent: its columns are longer than 1, so it is no rotation."),
+         "This is a straight step along the tangent: its columns are longer than 1, so it is no rotation."),
         (lambda a, step: np.eye(len(a)) + step / 2 * a,
          "The inverse of the first bracket is missing: without it, the columns are longer than 1."),
         (lambda a, step: np.linalg.inv(np.eye(len(a)) - step / 2 * a) * (np.eye(len(a)) + step / 2 * a),
          "`*` multiplies entry by entry. The product of matrices is `@`."),
+        (lambda a, step: (np.eye(len(a)) + step / 2 * a) / (np.eye(len(a)) - step / 2 * a),
+         "`/` divides entry by entry. Use np.linalg.solve, or multiply by np.linalg.inv with `@`."),
     ]
     upper = np.triu(np.random.default_rng(0).normal(size=(5, 5)), 1)
     quarter = np.array([[0.0, -1.0], [1.0, 0.0]])
-    cases = [Case(f"a = {quarter.tolist()}, step = {step}", (quarter, step), right(quarter, step))
+    cases = [Case(f"skew = {quarter.tolist()}, step = {step}", (quarter, step), right(quarter, step))
              for step in (1.0, 2.0)]
     cases.append(Case("a 5 × 5 matrix and step = 0.5", (upper - upper.T, 0.5), right(upper - upper.T, 0.5)))
     return check(function, cases, misconceptions, "Right, and orthogonal: RᵀR is I for every step.")

@@ -23,7 +23,7 @@ FIGURES = {  # variable: the code that makes its figure, and what Tab reaches in
                "data, seven numbers, [1, 2, 3], ties, all ≥ 0, outlier, absmax, zero-point, α, β, bits, 8, "
                "α, −10.80, β, 10.80"),
     "run": ('training_run([{"step": i, "loss": 3 - i, "ranges": {"conv": (0.0, 3.0)}} for i in range(3)])',
-            "play, stop, retweet, step, 2"),
+            "play, stop, repeat, step, 2"),
 }
 NAME = """() => { const focused = document.activeElement;
   return focused.ariaLabel || focused.title || focused.closest('.jupyter-widgets')?.querySelector(
@@ -123,7 +123,7 @@ def test_what_a_screen_reader_gets(figures):
     assert [handle.get_attribute("aria-label") for handle in live.output.get_by_role("slider").all()] == [
         "α", "β", "bits"]
     assert [button.get_attribute("aria-label") for button in run.output.locator(".widget-play button").all()] == [
-        "play", "stop", "retweet"]
+        "play", "stop", "repeat"]
     assert not live.output.locator(".widget-label[title=null]:visible").count()
 
 
