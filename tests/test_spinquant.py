@@ -463,8 +463,7 @@ def test_the_proxy_refuses(model, folded, tokens):
 # End to end
 
 
-def test_the_gradient_of_end_to_end_learning_turns_the_network_that_is_evaluated(folded, tokens):
-    """Its loss is the loss of the rotated and quantized model, and its first step goes down that loss."""
+def test_the_loss_of_end_to_end_learning_is_that_of_the_rotated_and_quantized_model(folded, tokens):
     r2 = random_hadamard(64, 1, DOUBLE)
     first = next(learn_end_to_end(folded, tokens, r1=R1, r2=r2, bits=4, steps=1, batch_size=2, lr=1e-9))
     rotated = rotate(folded, R1, r2, r4=True)
@@ -472,7 +471,6 @@ def test_the_gradient_of_end_to_end_learning_turns_the_network_that_is_evaluated
     with smollm.inserted(rotated, online(rotated, dynamic_quantizers("token", 4, places=places))):
         expected = torch.nn.functional.cross_entropy(rotated(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     assert first.loss == pytest.approx(expected.item(), rel=1e-9)
-    torch.testing.assert_close(first.rotation, R1, rtol=0, atol=1e-6)
 
 
 def test_end_to_end_learning_lowers_the_loss(folded, tokens):
