@@ -1,9 +1,12 @@
 """What all tests share."""
 
+import hypothesis
 import pytest
 import torch
 
 pytest.register_assert_rewrite("tests.explorer_checks")
+hypothesis.settings.register_profile("qlab", deadline=None, derandomize=True)  # the same examples on every run
+hypothesis.settings.load_profile("qlab")
 
 
 @pytest.fixture(scope="module", autouse=True)

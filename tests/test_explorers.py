@@ -384,7 +384,7 @@ def test_mapping_of_the_lecture_notes():
 DECIMALS = st.lists(st.decimals(-500, 500, places=2).map(float), min_size=1, max_size=12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(x=DECIMALS.filter(any), bits=st.integers(2, 8), scheme=st.sampled_from(["absmax", "zero-point"]))
 @example(x=[-0.01], bits=2, scheme="zero-point")
 def test_mapping_of_typed_numbers(shared_mapping, x, bits, scheme):

@@ -13,7 +13,7 @@ import ipywidgets as widgets
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgba
 from torch import nn
@@ -300,7 +300,6 @@ def curve_at(line, x):
 SCALES = st.sampled_from([1 / 64, 0.02, 0.1, 0.3125, 0.5, 0.77, 1.0])
 
 
-@settings(deadline=None)
 @given(scheme=st.sampled_from([LSQ, PACT]), bits=st.integers(2, 8), s=SCALES, alpha=st.floats(0.25, 3),
        near=st.sampled_from(["anywhere", "low", "high"]), steps=st.floats(-1, 1))
 @example(scheme=LSQ, bits=3, s=0.5, alpha=1.0, near="high", steps=0.3)  # outside, though it rounds to the last code
@@ -355,7 +354,6 @@ def test_the_curves_of_qat(scheme, bits, s, alpha):
     assert explorer.readout["range"] == f"{low:.4g} … {high:.4g}".replace("-", "−")
 
 
-@settings(deadline=None)
 @given(bits=st.integers(2, 8), s=SCALES, steps=st.floats(-200, 200))
 def test_the_squared_error_asks_for_a_smaller_step_inside_and_a_larger_one_outside(bits, s, steps):
     explorer = put("qat", {"bits": bits, "s": s})

@@ -37,7 +37,7 @@ from qlab.integer import (
 )
 from qlab.ptq import QuantizedLayer
 
-PROPERTY = settings(max_examples=500, deadline=None, derandomize=True)
+PROPERTY = settings(max_examples=500)
 INT32 = st.integers(INT32_MIN, INT32_MAX)
 INT8 = {"zero_point": 0, "qmin": -128, "qmax": 127}
 

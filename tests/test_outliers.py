@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -185,7 +185,6 @@ def test_bad_tokens_are_refused(model, look, bad, part):
 # kurtosis
 
 
-@settings(deadline=None)
 @given(x=MATRICES, shift=st.floats(-3, 3))
 @example(x=torch.tensor([[0.0, 1.0]]), shift=0)
 def test_kurtosis_is_scipys(x, shift):
@@ -234,7 +233,6 @@ def lower_median(x, axis=None):
     return np.take(x, (x.shape[axis or 0] - 1) // 2, axis=axis)
 
 
-@settings(deadline=None)
 @given(x=MATRICES, factor=st.floats(1.01, 30))
 def test_outlier_channels_by_definition(x, factor):
     typical = lower_median(np.abs(x.numpy()), axis=0)
@@ -244,7 +242,6 @@ def test_outlier_channels_by_definition(x, factor):
     assert list(outliers.values()) == sorted(outliers.values(), reverse=True)
 
 
-@settings(deadline=None)
 @given(tokens=st.integers(3, 40), channels=st.integers(7, 40), seed=st.integers(0, 10**6), data=st.data())
 def test_planted_channels_are_found(tokens, channels, seed, data):
     generator = torch.Generator().manual_seed(seed)
@@ -263,7 +260,6 @@ def test_factor_is_included():
     assert outlier_channels(x, 5.001) == {4: 7}
 
 
-@settings(deadline=None)
 @given(x=MATRICES, magnitude=st.floats(0.01, 10), ratio=st.floats(0.5, 50))
 def test_massive_activations_by_definition(x, magnitude, ratio):
     size = np.abs(x.numpy())
@@ -278,7 +274,6 @@ def test_massive_activations_by_definition(x, magnitude, ratio):
     assert [abs(one.value) for one in massive] == sorted((abs(one.value) for one in massive), reverse=True)
 
 
-@settings(deadline=None)
 @given(places=st.dictionaries(st.tuples(st.integers(0, 19), st.integers(0, 29)), st.floats(1100, 1e5), max_size=9),
        sign=st.sampled_from([-1, 1]))
 def test_planted_massive_activations_are_found(places, sign):
@@ -331,7 +326,6 @@ def decompose_directly(x, weight, threshold, bits):
     return y, in_float
 
 
-@settings(deadline=None)
 @given(tokens=st.integers(1, 6), channels=st.integers(1, 12), outputs=st.integers(1, 5), seed=st.integers(0, 10**6),
        threshold=st.floats(0.01, 30), bits=st.sampled_from([2, 3, 4, 8, 16]))
 def test_decompose_is_what_integers_give(*, tokens, channels, outputs, seed, threshold, bits):
