@@ -16,6 +16,8 @@ from array_api_compat import array_namespace as compat_namespace
 from array_api_compat import is_array_api_obj, is_torch_array
 
 MIN_BITS, MAX_BITS = 2, 16
+_LARGEST_END = float(np.finfo(np.float32).max) / 2  # the levels of any range up to here are finite in float32
+_EXACT_IN_FLOAT32 = 2**24  # integers up to here
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,12 @@ class QParams:
     ----------
     scale : float array, > 0
         Step between neighbouring levels, in the units of the data: 0-d for a whole tensor, of shape ``(C,)`` per
-        axis, of shape ``(..., n / group_size)`` per group.
+        axis, of shape ``(..., n / group_size)`` per group. A Python number becomes float32; codes are computed in the
+        wider one of the dtypes of the scale and the data.
     zero_point : int32 array
         The code that means 0. Same shape as ``scale``.
     qmin, qmax : int
-        The smallest and the largest code.
+        The smallest and the largest code, within int32.
     axis : int or None
         The axis of the data that ``scale`` runs along.
     group_size : int or None
@@ -39,8 +42,8 @@ class QParams:
     Raises
     ------
     ValueError
-        If a scale is not finite and positive, ``qmin >= qmax``, a zero-point is outside [qmin, qmax], or both
-        ``axis`` and ``group_size`` are given.
+        If a scale is not finite and positive (in float32, for a Python number), ``qmin >= qmax``, a limit is not in
+        int32, a zero-point is outside [qmin, qmax], or both ``axis`` and ``group_size`` are given.
 
     Examples
     --------
@@ -57,12 +60,16 @@ class QParams:
 
     def __post_init__(self):
         scale = real_array(self.scale, "scale")
+        if not is_array_api_obj(self.scale):
+            with np.errstate(over="ignore"):
+                scale = scale.astype(np.float32)
         xp = array_namespace(scale)
-        if not bool(xp.all(scale > 0)):
-            raise ValueError(f"scale must be greater than 0, got {float(xp.min(scale))}")
+        if not bool(xp.all((scale > 0) & xp.isfinite(scale))):
+            raise ValueError(f"scale must be greater than 0 and finite in {scale.dtype}, got {_short(self.scale)}")
         whole = all(isinstance(limit, (int, np.integer)) for limit in (self.qmin, self.qmax))
-        if not whole or self.qmin >= self.qmax:
-            raise ValueError(f"qmin must be an integer less than the integer qmax, got {self.qmin} and {self.qmax}")
+        if not whole or not -(2**31) <= self.qmin < self.qmax < 2**31:
+            raise ValueError(f"qmin must be an integer less than the integer qmax, both within int32, "
+                             f"got {self.qmin} and {self.qmax}")
         if self.axis is not None and self.group_size is not None:
             raise ValueError(f"axis and group_size exclude each other, got {self.axis} and {self.group_size}")
         zero_point = real_array(self.zero_point, "zero_point")
@@ -194,12 +201,15 @@ def range_params(alpha, beta, bits=8, *, symmetric=False, narrow=False, signed=T
     Returns
     -------
     QParams
-        A float32 scale when ``alpha`` and ``beta`` are Python numbers, as int8 hardware stores it.
+        When ``alpha`` and ``beta`` are Python numbers, computed in float64, with the scale in float32, as int8 hardware
+        stores it; else in the dtype of the arrays. The last digit of a scale can differ, and a zero-point at a tie:
+        for [−1, 1] it is 0 from Python numbers, and −1 in float32, as in ONNX Runtime.
 
     Raises
     ------
     ValueError
-        If an end is NaN or infinite, ``alpha >= beta``, or ``bits`` is out of range.
+        If an end is NaN or infinite (as a Python number: beyond half of the largest float32), ``alpha >= beta``, or
+        ``bits`` is out of range.
 
     References
     ----------
@@ -213,9 +223,12 @@ def range_params(alpha, beta, bits=8, *, symmetric=False, narrow=False, signed=T
     QParams(scale=0.760475, zero_point=2, qmin=0, qmax=255)
     """
     plain = not (is_array_api_obj(alpha) or is_array_api_obj(beta))
-    alpha, beta = real_array(alpha, "alpha"), real_array(beta, "beta")
+    alpha, beta = alike(real_array(alpha, "alpha"), real_array(beta, "beta"))
     if not bool((alpha < beta).all()):
         raise ValueError(f"alpha must be less than beta, got alpha={_short(alpha)} and beta={_short(beta)}")
+    if plain and bool((alpha < -_LARGEST_END).any() or (beta > _LARGEST_END).any()):
+        raise ValueError(f"alpha and beta must be from {-_LARGEST_END:.3g} to {_LARGEST_END:.3g}, "
+                         f"got alpha={_short(alpha)} and beta={_short(beta)}")
     params = _params(alpha, beta, bits, symmetric=symmetric, narrow=narrow, signed=signed, axis=axis)
     if not plain:
         return params
@@ -275,8 +288,8 @@ def dequantize(q, params):
 
     Examples
     --------
-    >>> dequantize(np.array([-128, -23, 127]), QParams(0.07211765, -23, -128, 127)).round(4).tolist()
-    [-7.5724, 0.0, 10.8176]
+    >>> dequantize(np.array([-128, -23, 127]), QParams(0.07211765, -23, -128, 127)).round(4)
+    array([-7.5724,  0.    , 10.8176], dtype=float32)
     """
     q = real_array(q, "q")
     xp = array_namespace(q)
@@ -288,8 +301,8 @@ def fake_quantize(x, params):
     """Quantize and dequantize: the value x̂ that takes the place of x, in floating point.
 
     Equal bit for bit to ``dequantize(quantize(x, params), params)``. For torch tensors the gradient is that of the
-    straight-through estimator: 1 where the code is inside [qmin, qmax], 0 outside; a scale that requires gradients
-    receives those of LSQ.
+    straight-through estimator: 1 where the rounded value is inside [qmin, qmax], 0 outside, as in torch; a scale that
+    requires gradients receives those that follow from it. (LSQ asks before rounding, half a step earlier: `qlab.qat`.)
 
     Parameters
     ----------
@@ -361,7 +374,7 @@ def sqnr_db(x, y):
     Returns
     -------
     float64 scalar, in dB
-        Infinite if ``x`` and ``y`` are equal. One more bit is worth about 6 dB.
+        Infinite if ``x`` and ``y`` are equal, else −infinite if ``x`` is 0. One more bit is worth about 6 dB.
 
     Raises
     ------
@@ -377,7 +390,8 @@ def sqnr_db(x, y):
     noise = xp.sum((x - y) ** 2)
     if float(noise) == 0:
         return noise + np.inf
-    return 10 * xp.log10(xp.sum(x**2) / noise)
+    with np.errstate(divide="ignore"):
+        return 10 * xp.log10(xp.sum(x**2) / noise)
 
 
 def error_split(x, params):
@@ -423,8 +437,7 @@ def _params(alpha, beta, bits, *, symmetric=False, narrow=False, signed=True, ax
     """Parameters for observed ends ``alpha <= beta``, float arrays of one shape."""
     bits = check_bits(bits)
     xp = array_namespace(alpha, beta)
-    zero = xp.zeros_like(alpha)
-    alpha, beta = xp.minimum(alpha, zero), xp.maximum(beta, zero)
+    alpha, beta = xp.minimum(alpha, xp.zeros_like(alpha)), xp.maximum(beta, xp.zeros_like(beta))
     half = 2 ** (bits - 1)
     qmin, qmax = -half + (narrow or symmetric), half - 1
     with np.errstate(over="ignore"):
@@ -434,7 +447,7 @@ def _params(alpha, beta, bits, *, symmetric=False, narrow=False, signed=True, ax
     tiny = xp.finfo(scale.dtype).smallest_normal
     empty = beta == alpha
     scale = xp.where(empty, xp.ones_like(scale), xp.maximum(scale, xp.full_like(scale, tiny)))
-    zero_point = xp.clip(qmin - xp.round(alpha / scale), qmin, qmax)
+    zero, zero_point = xp.zeros_like(scale), xp.clip(qmin - xp.round(alpha / scale), qmin, qmax)
     zero_point = zero if symmetric else xp.where(empty, zero, zero_point)
     shift = 0 if signed else half
     return QParams(scale, xp.astype(zero_point, xp.int32) + shift, qmin + shift, qmax + shift, axis, group_size)
@@ -442,7 +455,10 @@ def _params(alpha, beta, bits, *, symmetric=False, narrow=False, signed=True, ax
 
 def _codes(x, params, scale, zero_point, xp):
     """Codes as floats, on the way to an integer type or straight back to real values."""
-    u = x / scale
+    if max(-params.qmin, params.qmax) > _EXACT_IN_FLOAT32:
+        x = xp.astype(x, xp.float64)
+    with np.errstate(over="ignore"):
+        u = x / scale
     rounded = xp.round(u)
     if is_torch_array(u) and u.requires_grad:
         rounded = u + (rounded - u).detach()  # straight through: the value is exact, the gradient that of u
@@ -469,9 +485,11 @@ def _observed_range(x, axis, group_size):
 
 def _broadcast(params, x, xp):
     """Scale and zero-point, both as floats, in a shape that broadcasts against ``x``."""
+    if not isinstance(params, QParams):
+        raise ValueError(f"params must be QParams, got {_short(params)}")
     scale, zero_point = params.scale, params.zero_point
     if is_torch_array(x) != is_torch_array(scale):
-        scale, zero_point = xp.asarray(np.asarray(scale)), xp.asarray(np.asarray(zero_point))
+        scale, zero_point = xp.asarray(_as_numpy(scale)), xp.asarray(_as_numpy(zero_point))
     zero_point = xp.astype(zero_point, scale.dtype)
     if params.group_size is not None:
         _check_group_size(params.group_size, x)
@@ -502,7 +520,7 @@ def real_array(x, name):
     xp = array_namespace(x)
     if x.dtype not in (xp.float32, xp.float64):
         if (not is_torch_array(x) and x.dtype.kind not in "biuf") or (is_torch_array(x) and x.is_complex()):
-            raise ValueError(f"{name} must be an array of real numbers, got dtype {x.dtype}")
+            raise ValueError(f"{name} must be an array of real numbers, got {_short(x)} of dtype {x.dtype}")
         exact_in_float32 = x.dtype.itemsize <= 2
         x = xp.astype(x, xp.float32 if exact_in_float32 else xp.float64)
     if 0 in x.shape:
@@ -521,8 +539,17 @@ def array_namespace(*arrays):
     return compat_namespace(*arrays) if any(map(is_torch_array, arrays)) else np
 
 
+def alike(*arrays):
+    """The arrays as they are; as torch tensors, if one of them is one."""
+    tensor = next(filter(is_torch_array, arrays), None)
+    if tensor is None:
+        return arrays
+    xp = array_namespace(tensor)
+    return tuple(x if is_torch_array(x) else xp.asarray(x) for x in arrays)
+
+
 def _same_shape(x, y):
-    x, y = real_array(x, "x"), real_array(y, "y")
+    x, y = alike(real_array(x, "x"), real_array(y, "y"))
     if tuple(x.shape) != tuple(y.shape):
         raise ValueError(f"x and y must have the same shape, got {tuple(x.shape)} and {tuple(y.shape)}")
     xp = array_namespace(x, y)
@@ -555,9 +582,13 @@ def _short(value):
     """A number or array in few characters, for messages."""
     if not hasattr(value, "shape"):
         return repr(value)[:60]
-    flat = np.asarray(value.detach() if hasattr(value, "detach") else value).ravel().tolist()
-    text = [f"{v:.6g}" for v in flat[:3]]
+    flat = _as_numpy(value).ravel().tolist()
+    text = [f"{v:.6g}" if isinstance(v, (int, float)) else repr(v)[:60] for v in flat[:3]]
     return text[0] if not value.shape else f"[{', '.join(text)}{', …' if len(flat) > 3 else ''}]"
+
+
+def _as_numpy(x):
+    return np.asarray(x.detach() if is_torch_array(x) else x)
 
 
 def _if_set(name, value):

@@ -363,14 +363,22 @@ def _position(control, value):
 
 
 def _check_allowed(name, control, value):
-    """Sliders move a value that is out of range to their end without a word; say it instead."""
+    """What widgets would change without a word: sliders move to their end, or to a whole number; None chooses nothing."""
+    if hasattr(control, "_options_values"):
+        if value not in control._options_values:
+            allowed = ", ".join(map(str, control._options_values))
+            raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+        return
     low, high = getattr(control, "min", None), getattr(control, "max", None)
     if low is None or high is None:
         return
     if isinstance(control, widgets.FloatLogSlider):  # its ends are exponents
         low, high = control.base**low, control.base**high
-    if not isinstance(value, (int, float, np.number)) or not low <= value <= high:
-        raise ValueError(f"{name} must be from {_text(low)} to {_text(high)}, got {_text(value)}")
+    whole = isinstance(control, (widgets.IntSlider, widgets.BoundedIntText, widgets.Play))
+    numbers = (int, np.integer) if whole else (int, float, np.number)
+    if isinstance(value, bool) or not isinstance(value, numbers) or not low <= value <= high:
+        kind = "a whole number " if whole else ""
+        raise ValueError(f"{name} must be {kind}from {_text(low)} to {_text(high)}, got {_text(value)}")
 
 
 def _text(value):

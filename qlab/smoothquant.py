@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from qlab.affine import array_namespace, check_bits, real_array
+from qlab.affine import alike, array_namespace, check_bits, real_array
 from qlab.outliers import dynamic_quantizers, static_quantizers
 from qlab.smollm import SITES, quantize_weights, reweighted
 
@@ -68,7 +68,7 @@ def smoothing_scales(x_absmax, w_absmax, alpha):
     >>> smoothing_scales(np.array([16.0, 1.0]), np.array([1.0, 4.0]), alpha=0.5)
     array([4. , 0.5])
     """
-    x_absmax, w_absmax = real_array(x_absmax, "x_absmax"), real_array(w_absmax, "w_absmax")
+    x_absmax, w_absmax = alike(real_array(x_absmax, "x_absmax"), real_array(w_absmax, "w_absmax"))
     for name, value in (("x_absmax", x_absmax), ("w_absmax", w_absmax)):
         if value.ndim != 1 or bool((value < 0).any()):
             raise ValueError(f"{name} must be of one axis and nowhere less than 0, got shape {tuple(value.shape)} and "

@@ -72,8 +72,9 @@ def code_limits(dtype):
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8])
 def test_codes_and_values_equal_onnx_per_tensor(dtype, zero_point, scale):
     zero_point += 0 if dtype == np.int8 else 128
-    params = QParams(np.float32(scale), zero_point, *code_limits(dtype))
-    assert_equal_to_onnx(many_values(scale), params, dtype)
+    for number in (scale, np.float32(scale)):
+        params = QParams(number, zero_point, *code_limits(dtype))
+        assert_equal_to_onnx(many_values(scale), params, dtype)
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8])
@@ -161,7 +162,8 @@ def test_gradient_of_x_equals_torch(zero_point):
 
 
 @pytest.mark.parametrize("axis", [None, 0])
-def test_gradient_of_the_scale_is_that_of_lsq(axis):
+def test_gradient_of_the_scale(axis):
+    """LSQ's, but for values that rounding alone keeps inside."""
     x = torch.from_numpy(np.random.default_rng(3).normal(0, 4, (3, 5000)).astype(np.float32))
     scale = torch.nn.Parameter(torch.tensor([0.7, 1.0, 0.3] if axis == 0 else 0.7))
     fake_quantize(x, QParams(scale, torch.zeros_like(scale), -8, 7, axis=axis)).sum().backward()
@@ -366,6 +368,47 @@ def test_small_dtypes_are_exact_in_float32(dtype):
     np.testing.assert_array_equal(quantize(x, absmax_params(x)), [127, 0, 127])
 
 
+@pytest.mark.parametrize("asarray", [np.asarray, torch.asarray])
+def test_codes_of_32_bits_saturate(asarray):
+    x = asarray(np.float32([3e9, -3e9, 2**31 - 128, 2**24 + 2, 0]))
+    params = QParams(1.0, 0, -(2**31), 2**31 - 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert quantize(x, params).tolist() == [2**31 - 1, -(2**31), 2**31 - 128, 2**24 + 2, 0]
+        assert fake_quantize(x, params).tolist() == dequantize(quantize(x, params), params).tolist()
+
+
+def test_values_far_beyond_the_range_do_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert quantize(np.float32([3e38, -3e38]), QParams(1e-30, 0, -128, 127)).tolist() == [127, -128]
+
+
+def test_numpy_and_torch_in_one_call():
+    x, y = [1.0, -2.5], [1.0, -2.0]
+    assert mse(torch.tensor(x), y) == mse(x, torch.tensor(y)) == 0.125
+    assert sqnr_db(torch.tensor(x), np.array(y)).item() == pytest.approx(sqnr_db(x, y))
+    params = range_params(torch.tensor([-1.0, -2.0]), [1.0, 2.0], axis=0)
+    np.testing.assert_allclose(params.scale, range_params(*np.array([[-1.0, -2.0], [1.0, 2.0]]), axis=0).scale)
+    assert range_params(torch.tensor(-1.0), 1).zero_point == 0
+    learned = QParams(torch.tensor(0.5, requires_grad=True), 0, -8, 7)
+    assert quantize(np.float32([1, 2]), learned).tolist() == [2, 4]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_one_end_for_several_others(symmetric):
+    params = range_params(-1, np.array([1.0, 2.0]), symmetric=symmetric, axis=0)
+    each = [range_params(*np.array([-1.0, beta]), symmetric=symmetric) for beta in (1, 2)]
+    assert params.scale.tolist() == [p.scale for p in each]
+    assert params.zero_point.tolist() == [p.zero_point for p in each]
+
+
+def test_sqnr_of_silence():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sqnr_db([0.0, 0.0], [1.0, 0.0]) == -np.inf
+
+
 def test_sqnr_of_equal_arrays_is_infinite():
     assert sqnr_db(SEVEN, SEVEN) == np.inf
     assert sqnr_db(torch.from_numpy(SEVEN), torch.from_numpy(SEVEN)) == np.inf
@@ -396,11 +439,11 @@ BAD_X = [
     (torch.tensor([1.0, torch.nan]), "x must be finite, got 1 NaN and 0 infinite"),
     ([], r"x must not be empty, got shape \(0,\)"),
     (np.zeros((2, 0)), r"x must not be empty, got shape \(2, 0\)"),
-    ("12", "x must be an array of real numbers, got dtype <U2"),
-    (["1", "2"], "x must be an array of real numbers, got dtype <U1"),
-    ([1j, 2.0], "x must be an array of real numbers, got dtype complex128"),
-    (torch.tensor([1j]), "x must be an array of real numbers, got dtype torch.complex64"),
-    (None, "x must be an array of real numbers, got dtype object"),
+    ("12", "x must be an array of real numbers, got '12' of dtype <U2"),
+    (["1", "2"], r"x must be an array of real numbers, got \['1', '2'\] of dtype <U1"),
+    ([1j, 2.0], r"x must be an array of real numbers, got \[1j, \(2\+0j\)\] of dtype complex128"),
+    (torch.tensor([1j]), r"x must be an array of real numbers, got \[1j\] of dtype torch.complex64"),
+    (None, "x must be an array of real numbers, got None of dtype object"),
     ([[1.0, 2.0], [3.0]], r"x must be an array of real numbers, got \[\[1.0, 2.0\], \[3.0\]\]"),
 ]
 
@@ -426,9 +469,11 @@ def test_bad_bits_are_named(function, bits):
     (lambda: range_params(np.zeros(2), np.array([1, 0])), r"alpha must be less than beta, got alpha=\[0, 0\] and beta"),
     (lambda: range_params(np.nan, 1), "alpha must be finite, got 1 NaN"),
     (lambda: range_params(-1, np.inf), "beta must be finite, got 0 NaN and 1 infinite"),
-    (lambda: range_params("-1", 1), "alpha must be an array of real numbers, got dtype <U2"),
-    (lambda: range_params(-1, None), "beta must be an array of real numbers, got dtype object"),
+    (lambda: range_params("-1", 1), "alpha must be an array of real numbers, got '-1' of dtype <U2"),
+    (lambda: range_params(-1, None), "beta must be an array of real numbers, got None of dtype object"),
     (lambda: range_params(torch.tensor(-3e38), torch.tensor(3e38)), r"beta - alpha must be finite .* got -3e\+38 and"),
+    (lambda: range_params(-1e39, 1), r"alpha and beta must be from -1.7e\+38 to 1.7e\+38, got alpha=-1e\+39 and beta=1"),
+    (lambda: range_params(0, 1.8e38), r"alpha and beta must be from .* got alpha=0 and beta=1.8e\+38"),
     (lambda: absmax_params(ROWS, axis=2), r"axis must be an integer from -2 to 1 for .* \(2, 3\), got 2"),
     (lambda: absmax_params(ROWS, axis=-3), "axis must be .* got -3"),
     (lambda: absmax_params(ROWS, axis=0.0), "axis must be .* got 0.0"),
@@ -440,13 +485,19 @@ def test_bad_bits_are_named(function, bits):
     (lambda: zero_point_params(np.float32(1), group_size=1), r"group_size must divide .* \(\), got 1"),
     (lambda: zero_point_params(ROWS, axis=0, group_size=3), "axis and group_size exclude each other, got 0 and 3"),
     (lambda: QParams(1.0, 0, -8, 7, axis=0, group_size=3), "axis and group_size exclude each other, got 0 and 3"),
-    (lambda: QParams(0, 0, -8, 7), "scale must be greater than 0, got 0"),
-    (lambda: QParams([0.5, -0.25], [0, 0], -8, 7), "scale must be greater than 0, got -0.25"),
+    (lambda: QParams(0, 0, -8, 7), "scale must be greater than 0 and finite in float32, got 0"),
+    (lambda: QParams([0.5, -0.25], [0, 0], -8, 7), r"scale must be greater than 0 and finite in float32, got \[0.5, -0.25\]"),
     (lambda: QParams(np.nan, 0, -8, 7), "scale must be finite, got 1 NaN"),
-    (lambda: QParams("1", 0, -8, 7), "scale must be an array of real numbers, got dtype <U1"),
+    (lambda: QParams("1", 0, -8, 7), "scale must be an array of real numbers, got '1' of dtype <U1"),
     (lambda: QParams(1.0, 8, -8, 7), "zero_point must be an integer from -8 to 7, got 8"),
     (lambda: QParams([1.0, 1.0], [0, -9], -8, 7), r"zero_point must be an integer from -8 to 7, got \[0, -9\]"),
-    (lambda: QParams(1.0, 7, 7, 7), "qmin must be an integer less than the integer qmax, got 7 and 7"),
+    (lambda: QParams(1.0, 7, 7, 7), "qmin must be an integer less than the integer qmax, .* got 7 and 7"),
+    (lambda: QParams(1.0, 0, -8, 2**31), "qmin must be an integer .* both within int32, got -8 and 2147483648"),
+    (lambda: QParams(1e-50, 0, -8, 7), "scale must be greater than 0 and finite in float32, got 1e-50"),
+    (lambda: QParams(1e39, 0, -8, 7), r"scale must be greater than 0 and finite in float32, got 1e\+39"),
+    (lambda: quantize(ROWS, None), "params must be QParams, got None"),
+    (lambda: fake_quantize(torch.ones(2), {"scale": 1}), r"params must be QParams, got \{'scale': 1\}"),
+    (lambda: dequantize([1], 0.5), "params must be QParams, got 0.5"),
     (lambda: quantize(ROWS.T, PER_ROW), r"scale must have shape \(3,\) for an array of shape \(3, 2\), got \(2,\)"),
     (lambda: dequantize(ROWS.T, PER_ROW), r"scale must have shape \(3,\) .* got \(2,\)"),
     (lambda: fake_quantize(ROWS[0], QParams([1.0, 2.0], [0, 0], -8, 7)),
@@ -485,4 +536,13 @@ def test_zero_point_of_another_shape_is_named(shape):
 def test_overflow_of_a_range_does_not_warn():
     with warnings.catch_warnings(), pytest.raises(ValueError, match="beta - alpha must be finite"):
         warnings.simplefilter("error")
-        range_params(-1e308, 1e308)
+        range_params(*np.array([-1e308, 1e308]))
+
+
+@pytest.mark.parametrize("bits", [2, 8, 16])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_largest_ranges(bits, symmetric):
+    largest = float(np.finfo(np.float32).max) / 2
+    for alpha, beta in ((-largest, largest), (0, largest), (-largest, 0)):
+        params = range_params(alpha, beta, bits, symmetric=symmetric)
+        assert np.isfinite(dequantize([params.qmin, params.qmax], params)).all()

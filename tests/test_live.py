@@ -32,6 +32,7 @@ class Line:
             "slope": widgets.FloatSlider(1.0, min=-4, max=4, description="slope"),
             "mirror": widgets.FloatSlider(0.0, min=-4, max=4, description="mirror"),
             "zoom": widgets.FloatLogSlider(1.0, base=2, min=-3, max=3, description="zoom"),
+            "width": widgets.IntSlider(2, min=1, max=5, description="width"),
             "style": widgets.Dropdown(options=["-", ":"], description="style"),
             "far": widgets.Checkbox(False, description="far"),
         }
@@ -125,7 +126,12 @@ def test_a_hand_on_the_widget_is_one_step_each(line):
     ({"slope": float("nan")}, "slope"),
     ({"slope": "steep"}, "slope"),
     ({"slope": None}, "slope"),
+    ({"slope": True}, "slope"),
     ({"style": "wavy"}, "wavy"),
+    ({"style": None}, "one of -, :, got None"),
+    ({"width": 2.5}, "a whole number from 1 to 5, got 2.5"),
+    ({"width": True}, "a whole number from 1 to 5, got True"),
+    ({"width": None}, "a whole number"),
     ({"far": "perhaps"}, "far"),
     ({"zoom": 8.5}, "zoom"),
     ({"zoom": 0.1}, "zoom"),
@@ -152,7 +158,7 @@ def test_a_refused_value(line, values, part):
 
 @pytest.mark.parametrize("control, value", [
     ("slope", -4), ("slope", 4.0), ("slope", np.float32(0.5)), ("zoom", 0.125), ("zoom", 3.0), ("zoom", 8.0),
-    ("style", ":"), ("far", True),
+    ("width", 5), ("width", np.int64(1)), ("style", ":"), ("far", True),
 ])
 def test_an_allowed_value(line, control, value):
     line.explorer.set(**{control: value})

@@ -80,6 +80,7 @@ def test_scales_are_equation_4(a, w, alpha):
     in_torch = smoothing_scales(torch.from_numpy(a).float(), torch.from_numpy(w).float(), alpha)
     assert in_torch.dtype == torch.float32
     np.testing.assert_allclose(in_torch.numpy(), expected, rtol=1e-6)
+    np.testing.assert_allclose(smoothing_scales(torch.from_numpy(a), w, alpha).numpy(), expected, rtol=1e-12)
 
 
 def test_the_ends_of_alpha_level_one_side():
