@@ -14,7 +14,10 @@ import numpy as np
 from qlab.affine import ErrorSplit, check_bits, dequantize, range_params, real_array
 
 _BLOCK = 8  # values per stored prefix sum, so that the sums take two bytes for each value
+_PART = 2**16  # values at a time, where a whole array of float64 would take too much memory
 _MOST_LEVELS = 2**13  # levels handled at once when many ranges are asked for: fits the processor's caches
+_LARGEST = float(np.finfo(np.float32).max) / 2  # where ranges may end: their levels are float32
+_LEAST_SCALE = float(np.finfo(np.float32).smallest_normal)
 _KL_BINS = 2048
 _GAUSS_MAD = math.sqrt(2 / math.pi)  # mean |x − μ| / σ of a normal distribution
 _LAPLACE_MAD = math.sqrt(1 / 2)  # and of a Laplace distribution
@@ -29,7 +32,7 @@ class ErrorProfile:
         Σ (x − level)² = Σ x² − 2 · level · Σ x + n · level²
 
     is three differences of prefix sums. One grid costs O(2^b log N) instead of O(N); nothing is approximated, apart
-    from floating-point rounding.
+    from floating-point rounding, which stays below 1e-13 of the largest x².
 
     Parameters
     ----------
@@ -48,7 +51,7 @@ class ErrorProfile:
     Raises
     ------
     ValueError
-        If ``x`` is empty or has a NaN or infinity.
+        If ``x`` is empty or has a NaN, an infinity or a magnitude of more than 1.7e38, where no range may end.
 
     Examples
     --------
@@ -60,16 +63,18 @@ class ErrorProfile:
 
     def __init__(self, x, *, overwrite_x=False):
         x = np.asarray(real_array(x, "x"))
+        self.n, (self.min, self.max) = x.size, _ends(x)
+        if max(-self.min, self.max) > _LARGEST:
+            raise ValueError(f"x must be from {-_LARGEST:.3g} to {_LARGEST:.3g}, where ranges may end, "
+                             f"got {self.min:.3g} to {self.max:.3g}")
         self._x = x.reshape(-1) if overwrite_x else x.flatten()
         self._x.sort()
         blocks = self._x[: self._x.size // _BLOCK * _BLOCK].reshape(-1, _BLOCK)
         zero = np.searchsorted(blocks[:, 0], 0)
         self._sums = _running(blocks.sum(axis=1, dtype=np.float64), zero)
         self._squares = _running(np.einsum("ij,ij->i", blocks, blocks, dtype=np.float64), zero)
-        self.n, self.min, self.max = self._x.size, float(self._x[0]), float(self._x[-1])
-        total, total_of_squares = np.diff(self._sums_below(np.array([0, self.n]))).ravel().tolist()
-        self.mean = total / self.n
-        self.std = math.sqrt(max(total_of_squares / self.n - self.mean**2, 0.0))
+        self.mean = float(self._x.mean(dtype=np.float64))
+        self.std = math.sqrt(self._mean_deviation(2))
 
     def __repr__(self):
         return f"ErrorProfile({self.n} values from {self.min:.6g} to {self.max:.6g})"
@@ -93,7 +98,7 @@ class ErrorProfile:
         Raises
         ------
         ValueError
-            If an end is not finite, ``alpha >= beta`` or ``bits`` is out of range.
+            If an end is not finite or beyond ±1.7e38, ``alpha >= beta`` or ``bits`` is out of range.
         """
         return self.split(alpha, beta, bits, symmetric=symmetric).total
 
@@ -129,26 +134,31 @@ class ErrorProfile:
         Parameters
         ----------
         bins : int or array of increasing edges
-            A number of equal bins from min to max, or their edges.
+            A number of equal bins from min to max, at least 1, or their edges, at least 2.
 
         Returns
         -------
         counts : int64 array, shape (bins,)
         edges : float array, shape (bins + 1,)
 
+        Raises
+        ------
+        ValueError
+            If ``bins`` is neither.
+
         Examples
         --------
         >>> ErrorProfile([0, 1, 1, 4]).histogram([0, 1, 2, 4])[0].tolist()
         [1, 2, 1]
         """
-        edges = np.histogram_bin_edges(self._x[[0, -1]], bins)
+        edges = np.histogram_bin_edges(self._x[[0, -1]], _check_bins(bins, or_edges=True))
         below = self._count_below(edges)
         below[-1] = self._count_below(edges[-1:], or_equal=True)[0]
         return np.diff(below), edges
 
     def magnitude_histogram(self, bins):
         """Counts of |x| in ``bins`` equal bins from 0 to max |x|. Returns ``(counts, edges)``."""
-        edges = np.linspace(0.0, max(-self.min, self.max) or 1.0, bins + 1)
+        edges = np.linspace(0.0, max(-self.min, self.max) or 1.0, _check_bins(bins) + 1)
         above = self._count_below(edges)  # non-negative values below each edge, plus all negative ones
         below = self._count_below(-edges, or_equal=True)
         above[-1], below[0], below[-1] = self.n, above[0], 0
@@ -172,9 +182,12 @@ class ErrorProfile:
 
     def mean_absolute_deviation(self):
         """Mean |x − mean|, in the units of the data."""
-        (below,) = self._count_below(np.array([self.mean]))
-        low, high = np.diff(self._sums_below(np.array([0, below, self.n]))[0]).tolist()
-        return (high - low + (2 * int(below) - self.n) * self.mean) / self.n
+        return self._mean_deviation(1)
+
+    def _mean_deviation(self, power):
+        """Mean |x − mean|^power: from the values, since differences of sums are too coarse where the mean is large."""
+        parts = (np.subtract(self._x[i:i + _PART], self.mean, dtype=np.float64) for i in range(0, self.n, _PART))
+        return sum(float((np.abs(part) ** power).sum()) for part in parts) / self.n
 
     def _squared_error(self, levels):
         """Σ (x − nearest level)² for the values inside the levels and for those outside; levels (k, L) ascending."""
@@ -191,7 +204,8 @@ class ErrorProfile:
     def _count_below(self, values, or_equal=False):
         """How many values are less than (or equal to) each of ``values``, compared exactly in the data's precision."""
         dtype = self._x.dtype.type
-        rounded = values.astype(dtype)
+        with np.errstate(over="ignore"):
+            rounded = values.astype(dtype)
         toward, misses = (-np.inf, rounded > values) if or_equal else (np.inf, rounded < values)
         exact = np.where(misses, np.nextafter(rounded, dtype(toward)), rounded)
         return np.searchsorted(self._x, exact, side="right" if or_equal else "left")
@@ -349,10 +363,11 @@ def mse(x, bits=8, *, symmetric=False):
     bits = check_bits(bits)
     profile = as_profile(x)
     low, high = min(profile.min, 0.0), max(profile.max, 0.0)
-    if low == high:
+    if symmetric:
+        low, high = _around_zero(max(-low, high))
+    if high - low < _LEAST_SCALE:  # every range has the same step
         return low, high
     if symmetric:
-        high = max(-low, high)
         return _around_zero(high * _search(lambda r: profile.mse(-r * high, r * high, bits, symmetric=True)))
     shrink, coarse = np.linspace(0.002, 1, 500), np.linspace(0, 1, 17)
     alphas, betas = np.meshgrid(low * coarse, high * coarse[1:] if high > 0 else 0.0)
@@ -428,7 +443,8 @@ def aciq(x, bits=8, distribution="auto"):
     """The range that would be best if the data were normal or Laplace distributed (ACIQ).
 
     The mean and the width are taken from the data; the optimal clip for 2^b levels follows from minimizing clipping
-    error + α² / (3 · 4^b) for that distribution.
+    error + α² / (3 · 4^b) for that distribution. Which distribution to take, the authors' code leaves to the user:
+    "auto" is a rule of this package.
 
     Parameters
     ----------
@@ -516,6 +532,21 @@ def _check_share(q):
     if not isinstance(q, (int, float, np.number)) or not 0 <= q <= 1:
         raise ValueError(f"q must be from 0 to 1, got {q!r}")
     return float(q)
+
+
+def _check_bins(bins, or_edges=False):
+    """``bins`` as an int or as an array of edges; a ValueError unless it is one that is allowed."""
+    try:
+        array = np.asarray(bins)
+    except (TypeError, ValueError):  # rows of different lengths
+        array = np.array("")
+    if array.ndim == 0 and array.dtype.kind in "iu" and array >= 1:
+        return int(array)
+    edges = or_edges and array.ndim == 1 and array.size >= 2 and array.dtype.kind in "iuf"
+    if edges and np.isfinite(array).all() and (array[:-1] < array[1:]).all():
+        return array
+    allowed = "an integer of at least 1" + ", or at least 2 finite edges that increase" * or_edges
+    raise ValueError(f"bins must be {allowed}, got {repr(bins)[:60]}")
 
 
 def _interpolate(ascending, rank):

@@ -170,7 +170,8 @@ def encode(x, fmt, *, saturate=False):
     Raises
     ------
     ValueError
-        If ``x`` is empty or holds no real numbers, or has a NaN that ``fmt`` cannot represent.
+        If ``x`` is empty or holds no real numbers, or has a NaN that ``fmt`` cannot represent, or ``fmt`` is no
+        FloatFormat.
 
     References
     ----------
@@ -183,6 +184,7 @@ def encode(x, fmt, *, saturate=False):
     >>> decode(encode([0.1, 5, 7, 1e9], FP4_E2M1), FP4_E2M1)
     array([0., 4., 6., 6.])
     """
+    _check_format(fmt)
     x = _reals(x)
     if np.isnan(x).any() and not fmt.has_nan:
         raise ValueError(f"x must have no NaN, for which {fmt.name} has no code, got {int(np.isnan(x).sum())} of them")
@@ -228,7 +230,7 @@ def decode(codes, fmt):
     Raises
     ------
     ValueError
-        If ``codes`` is empty, or holds anything else than integers from 0 to 2^bits − 1.
+        If ``codes`` is empty, or holds anything else than integers from 0 to 2^bits − 1, or ``fmt`` is no FloatFormat.
 
     References
     ----------
@@ -274,6 +276,7 @@ def fields(code, fmt):
     >>> int(sign), int(exponent), f"{mantissa:023b}"
     (1, 133, '11011010100000000000000')
     """
+    _check_format(fmt)
     code = _codes(code, fmt)
     exponent = (code >> fmt.mantissa_bits) & code.dtype.type(2**fmt.exponent_bits - 1)
     return Fields(code >> (fmt.bits - 1), exponent, code & code.dtype.type(2**fmt.mantissa_bits - 1))
@@ -298,17 +301,23 @@ def spacing(x, fmt):
     Raises
     ------
     ValueError
-        If ``x`` is empty or holds no real numbers.
+        If ``x`` is empty or holds no real numbers, or ``fmt`` is no FloatFormat.
 
     Examples
     --------
     >>> spacing([1, 1000, 16_777_216], FP32).tolist()
     [1.1920928955078125e-07, 6.103515625e-05, 2.0]
     """
+    _check_format(fmt)
     size = np.abs(_reals(x))
     inside = size <= fmt.max
     exponent = np.frexp(np.maximum(np.where(inside, size, 1), fmt.smallest_normal))[1] - 1
     return np.where(inside, np.ldexp(1.0, exponent - fmt.mantissa_bits), np.nan)[()]
+
+
+def _check_format(fmt):
+    if not isinstance(fmt, FloatFormat):
+        raise ValueError(f"fmt must be a FloatFormat, such as FP32, got {repr(fmt)[:60]}")
 
 
 def _reals(x):

@@ -94,9 +94,10 @@ def requantize(acc, m0, shift, zero_point, qmin, qmax, *, rounding="even"):  # n
     zero_point, qmin, qmax : int
         Of the codes.
     rounding : {"even", "up", "gemmlowp"}
-        "even": once, ties to even, as ``rint(acc * M)``. "up": once, ties up, as newer TensorFlow Lite kernels.
-        "gemmlowp": twice, as the published reference: `saturating_rounding_doubling_high_mul` by m₀, then
-        `rounding_divide_by_pot` by 2^shift. (A negative shift goes first, and saturates.)
+        "even": once, ties to even, as ``rint(acc * M)``. "up": once, ties up, as TensorFlow Lite built with
+        TFLITE_SINGLE_ROUNDING, which is off by default. "gemmlowp": twice, as the published reference, and as
+        TensorFlow Lite by default: `saturating_rounding_doubling_high_mul` by m₀, then `rounding_divide_by_pot` by
+        2^shift. (A negative shift goes first, and saturates.)
 
     Returns
     -------
@@ -106,7 +107,8 @@ def requantize(acc, m0, shift, zero_point, qmin, qmax, *, rounding="even"):  # n
     Raises
     ------
     ValueError
-        If an argument is not an integer or out of range, ``qmin > qmax``, or there is no such rounding.
+        If an argument is not an integer or out of range, the shapes do not broadcast, ``qmin > qmax``, or there is no
+        such rounding.
 
     References
     ----------
@@ -129,6 +131,7 @@ def requantize(acc, m0, shift, zero_point, qmin, qmax, *, rounding="even"):  # n
     shift = np.minimum(_int64(shift, "shift", -30, INT32_MAX), 32)  # at 32 every result is 0 already
     zero_point, qmin, qmax = (_int64(value, name, INT32_MIN, INT32_MAX)
                               for name, value in (("zero_point", zero_point), ("qmin", qmin), ("qmax", qmax)))
+    _check_broadcast(acc=acc, m0=m0, shift=shift, zero_point=zero_point, qmin=qmin, qmax=qmax)
     if (qmin > qmax).any():
         raise ValueError(f"qmin must be at most qmax, got {qmin} and {qmax}")
     if rounding == "gemmlowp":
@@ -159,7 +162,7 @@ def saturating_rounding_doubling_high_mul(a, b):
     Raises
     ------
     ValueError
-        If an argument is not an integer within int32.
+        If an argument is not an integer within int32, or the shapes do not broadcast.
 
     References
     ----------
@@ -171,6 +174,7 @@ def saturating_rounding_doubling_high_mul(a, b):
     [2, -1]
     """
     a, b = _int64(a, "a", INT32_MIN, INT32_MAX), _int64(b, "b", INT32_MIN, INT32_MAX)
+    _check_broadcast(a=a, b=b)
     # gemmlowp adds 2³⁰ if ab ≥ 0, else 1 − 2³⁰, and its division drops the fraction: this is the same number.
     return np.minimum((a * b + 2**30) >> 31, INT32_MAX).astype(np.int32)
 
@@ -190,7 +194,7 @@ def rounding_divide_by_pot(x, exponent):
     Raises
     ------
     ValueError
-        If an argument is not an integer or out of range.
+        If an argument is not an integer or out of range, or the shapes do not broadcast.
 
     References
     ----------
@@ -202,6 +206,7 @@ def rounding_divide_by_pot(x, exponent):
     [2, -2]
     """
     x, exponent = _int64(x, "x", INT32_MIN, INT32_MAX), _int64(exponent, "exponent", 0, 32)
+    _check_broadcast(x=x, exponent=exponent)
     mask = np.left_shift(np.int64(1), exponent) - 1
     remainder = x & mask
     return ((x >> exponent) + (remainder > (mask >> 1) + (x < 0))).astype(np.int32)
@@ -807,7 +812,10 @@ def _integer_layer(stage, output, rounding):
 
 def _int64(value, name, low, high):
     """``value`` as an int64 array with entries from ``low`` to ``high``."""
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError:  # rows of different lengths
+        raise ValueError(f"{name} must be an integer or an array of integers, got {repr(value)[:60]}") from None
     if array.dtype.kind not in "iu":
         raise ValueError(f"{name} must be an integer or an array of integers, got dtype {array.dtype}")
     if array.size == 0:
@@ -816,6 +824,14 @@ def _int64(value, name, low, high):
         wrong = array.min() if array.min() < low else array.max()
         raise ValueError(f"{name} must be from {low} to {high}, got {wrong}")
     return array.astype(np.int64)
+
+
+def _check_broadcast(**arrays):
+    try:
+        np.broadcast_shapes(*(array.shape for array in arrays.values()))
+    except ValueError:
+        shapes = ", ".join(f"{array.shape} for {name}" for name, array in arrays.items())
+        raise ValueError(f"{', '.join(arrays)} must have shapes that broadcast, got {shapes}") from None
 
 
 def _numpy(x):

@@ -363,7 +363,7 @@ def _position(control, value):
 
 
 def _check_allowed(name, control, value):
-    """What widgets would change without a word: sliders move to their end, or to a whole number; None chooses nothing."""
+    """What widgets would take without a word: sliders move to their end or a whole number, and None chooses nothing."""
     if hasattr(control, "_options_values"):
         if value not in control._options_values:
             allowed = ", ".join(map(str, control._options_values))

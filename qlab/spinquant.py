@@ -16,6 +16,7 @@ import math
 from functools import lru_cache, partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -183,7 +184,7 @@ def random_orthogonal(n, seed, dtype=torch.float32):
     >>> torch.allclose(r.T @ r, torch.eye(3), atol=1e-6)
     True
     """
-    _check_count(n, "n")
+    n = _check_count(n, "n")
     q, r = torch.linalg.qr(torch.randn(n, n, generator=_generator(seed), dtype=torch.float64))
     return (q * r.diagonal().sign()).to(dtype)
 
@@ -423,12 +424,12 @@ class CayleySGD(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr, momentum=0.0, *, seed=0):
-        if not isinstance(lr, (int, float)) or not 0 < lr < math.inf:
+        if not _is_number(lr) or not 0 < lr < math.inf:
             raise ValueError(f"lr must be more than 0 and finite, got {lr!r}")
-        if not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
+        if not _is_number(momentum) or not 0 <= momentum < 1:
             raise ValueError(f"momentum must be at least 0 and less than 1, got {momentum!r}")
         self._chance = _generator(seed)
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+        super().__init__(params, {"lr": float(lr), "momentum": float(momentum)})
         for r in (r for group in self.param_groups for r in group["params"]):
             if r.ndim != 2 or r.shape[0] > r.shape[1]:
                 raise ValueError(f"params must be matrices with at most as many rows as columns, got shape "
@@ -514,7 +515,7 @@ def proxy_inputs(model, tokens, *, per_site=2048, seed=0, progress=False):
     """
     _check_folded(model)
     check_tokens(tokens)
-    _check_count(per_site, "per_site")
+    per_site = _check_count(per_site, "per_site")
     chosen = torch.zeros(tokens.numel(), dtype=torch.bool)
     chosen[torch.randperm(tokens.numel(), generator=_generator(seed))[:per_site]] = True
     readers = {(i, site): torch.cat([getattr(block, name).weight for name in READERS[site]])
@@ -603,8 +604,7 @@ def learn_rotation(inputs, *, start, steps=200, lr=1.5, batch_size=4096, seed=0)
     """
     x, weight = inputs
     start = _check_orthogonal(start, "start", x.shape[1])
-    for name, value in (("steps", steps), ("batch_size", batch_size)):
-        _check_count(value, name)
+    steps, batch_size = _check_count(steps, "steps"), _check_count(batch_size, "batch_size")
     chance = _generator(seed)
     r = nn.Parameter(start.to(x.dtype, copy=True))
     optimizer = CayleySGD([r], lr, seed=seed)
@@ -664,8 +664,7 @@ def learn_end_to_end(model, tokens, *, r1, r2, bits=4, steps=60, lr=1.5, batch_s
     """
     _check_folded(model)
     check_tokens(tokens)
-    for name, value in (("steps", steps), ("batch_size", batch_size)):
-        _check_count(value, name)
+    steps, batch_size = _check_count(steps, "steps"), _check_count(batch_size, "batch_size")
     channels, layers = model.embedding.embedding_dim, range(len(model.blocks))
     dtype = model.embedding.weight.dtype
     r1 = nn.Parameter(_check_orthogonal(r1, "r1", channels).to(dtype, copy=True))
@@ -746,7 +745,7 @@ def _check_folded(model):
 
 
 def _check_order(n):
-    _check_count(n, "n")
+    n = _check_count(n, "n")
     factors = _factors(n)
     if factors is None:
         below, above = (next(i for i in numbers if _factors(i) is not None)
@@ -769,11 +768,17 @@ def _check_orthogonal(r, name, n, layers=None):
 
 
 def _check_count(value, name):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    """``value`` as an int; a ValueError unless it is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    return int(value)
+
+
+def _is_number(value):
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
 def _generator(seed):
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
         raise ValueError(f"seed must be an integer, got {seed!r}")
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(int(seed))

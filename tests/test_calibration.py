@@ -116,7 +116,7 @@ def assert_statistics_equal(profile, x):
     wide = x.astype(np.float64)
     assert (profile.n, profile.min, profile.max) == (x.size, x.min(), x.max())
     assert profile.mean == pytest.approx(wide.mean(), rel=1e-9, abs=1e-12)
-    assert profile.std == pytest.approx(wide.std(), rel=1e-6, abs=1e-7)
+    assert profile.std == pytest.approx(wide.std(), rel=1e-9, abs=1e-12)
     deviation = np.abs(wide - wide.mean()).mean()
     assert profile.mean_absolute_deviation() == pytest.approx(deviation, rel=1e-9, abs=1e-12)
     for q in (0, 0.001, 0.3, 0.5, 0.77, 0.9999, 1):
@@ -154,6 +154,19 @@ def test_magnitude_quantiles_equal_numpy_on_any_data(x):
     assert_magnitude_quantiles_equal(x, [0, 0.001, 0.3, 0.5, 0.6, 0.8, 0.99, 1])
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("offset", "width"), [(1e6, 1e-3), (-1e5, 1e-2), (1e10, 1e-3), (3000, 1)])
+def test_the_width_of_data_far_from_0_equals_numpy(offset, width, dtype):
+    x = (offset + width * np.random.default_rng(0).standard_normal(200_001)).astype(dtype)
+    profile, wide = ErrorProfile(x), x.astype(np.float64)
+    assert profile.mean == pytest.approx(wide.mean(), rel=1e-15)
+    assert profile.std == pytest.approx(wide.std(), rel=1e-9)
+    assert profile.mean_absolute_deviation() == pytest.approx(np.abs(wide - wide.mean()).mean(), rel=1e-9)
+    if dtype == np.float64:
+        alpha, beta = aciq(x, 4)
+        assert (beta - alpha) / 2 == pytest.approx(2.56 * width, rel=0.01)
+
+
 @pytest.mark.parametrize(("x", "p"), [([1.0, 2], 99), ([0.0, 8, 9, 10], 60)])
 def test_symmetric_percentile_of_few_values_equals_numpy(x, p):
     assert percentile(x, p, symmetric=True)[1] == pytest.approx(np.percentile(np.abs(x), p))
@@ -161,7 +174,7 @@ def test_symmetric_percentile_of_few_values_equals_numpy(x, p):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("bins", [1, 7, 100, 2048, [-3, -1.5, 0, 0.25, 1, 2], [0, 0.5, 0.75]])
+@pytest.mark.parametrize("bins", [1, 7, 100, np.int8(127), np.uint64(2048), [-3, -1.5, 0, 0.25, 1, 2], [0, 0.5, 0.75]])
 def test_histogram_equals_numpy(bins, dtype, name):
     x = data(name).astype(dtype)
     counts, edges = ErrorProfile(x).histogram(bins)
@@ -171,7 +184,7 @@ def test_histogram_equals_numpy(bins, dtype, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("bins", [1, 7, 100, 2048])
+@pytest.mark.parametrize("bins", [1, 7, 100, np.int8(127), np.uint64(2048)])
 def test_magnitude_histogram_equals_numpy(bins, name):
     for x in (data(name).astype(np.float64), -data(name).astype(np.float64), -np.abs(data(name).astype(np.float64))):
         counts, edges = ErrorProfile(x).magnitude_histogram(bins)
@@ -190,8 +203,10 @@ def test_histograms_of_few_whole_numbers_equal_numpy(n):
     np.testing.assert_array_equal(profile.magnitude_histogram(4)[0], np.histogram(np.abs(x), 4, range=(0, 4))[0])
 
 
-def test_histogram_of_float32_data_with_finer_edges_equals_numpy():
-    x, edges = np.float32([0.7]), [0, 0.7, 1]  # float32(0.7) is less than 0.7
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("edges", [[0, 0.7, 1], [-1e39, 0.0, 1e39]])
+def test_histogram_of_float32_data_with_edges_that_float32_has_not_equals_numpy(edges):
+    x = np.float32([0.7])  # less than 0.7
     np.testing.assert_array_equal(ErrorProfile(x).histogram(edges)[0], np.histogram(x, edges)[0])
 
 
@@ -274,6 +289,22 @@ def test_mse_with_one_far_outlier():
 @pytest.mark.parametrize(("x", "expected"), [([0.0, 0.0], (0, 0)), ([2.0], (0, 2)), ([-2.0, -2.0], (-2, 0))])
 def test_mse_of_constant_data(x, expected):
     assert mse(x) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("x", [[5e-324], [-5e-324], [1e-320, -3e-323], [1e-45, 3e-45]])
+def test_mse_of_data_below_the_least_step(x):
+    low, high = min(*x, 0), max(*x, 0)
+    assert mse(x) == (low, high)
+    assert mse(x, symmetric=True) == (-max(-low, high), max(-low, high))
+
+
+def test_the_largest_data():
+    x = 1.7e38 * np.array([-1, -0.001, 0.3, 0.3333, 1])
+    for symmetric in (False, True):
+        for ends in ((-1.7e38, 1.7e38), (-1, 1e38)):
+            split = ErrorProfile(x).split(*ends, 8, symmetric=symmetric)
+            np.testing.assert_allclose(split, direct_split(x, *ends, 8, symmetric), rtol=1e-6, atol=1e-13 * 1.7e38**2)
+        assert mse(x, symmetric=symmetric)[1] > 1e38
 
 
 def literal_entropy(x, bits):
@@ -388,8 +419,8 @@ def test_calibrators_take_arrays_profiles_and_tensors(calibrate):
     ([1.0, -np.inf], "x must be finite, got 0 NaN and 1 infinite"),
     (torch.tensor([torch.inf]), "x must be finite, got 0 NaN and 1 infinite"),
     ([], r"x must not be empty, got shape \(0,\)"),
-    ("abc", "x must be an array of real numbers, got dtype <U3"),
-    (None, "x must be an array of real numbers, got dtype object"),
+    ("abc", "x must be an array of real numbers, got 'abc' of dtype <U3"),
+    (None, "x must be an array of real numbers, got None of dtype object"),
 ])
 def test_bad_data_is_named(calibrate, x, message):
     with pytest.raises(ValueError, match=f"^{message}"):
@@ -403,6 +434,18 @@ def test_bad_data_is_named(calibrate, x, message):
 def test_bad_bits_are_named(function, bits):
     with pytest.raises(ValueError, match=re.escape(f"bits must be an integer from 2 to 16, got {bits!r}")):
         function([0.0, 1.0], bits)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("bins", [[], None, 3.5, True, 0, -1, [1], [0, np.nan], [0, np.inf], [1, 1], [2, 1], 1 + 2j,
+                                  [0, 1j], "auto", ["a", "b"], [[0, 1]], [[0], [1, 2]], 2**70, np.uint8([2, 1])])
+def test_bad_bins_are_named(bins):
+    profile, allowed = ErrorProfile([0.0, 1.0]), "an integer of at least 1"
+    with pytest.raises(ValueError, match=f"^bins must be {allowed}, got {re.escape(repr(bins))}$"):
+        profile.magnitude_histogram(bins)
+    allowed += ", or at least 2 finite edges that increase"
+    with pytest.raises(ValueError, match=f"^bins must be {allowed}, got {re.escape(repr(bins))}$"):
+        profile.histogram(bins)
 
 
 @pytest.mark.parametrize("p", [50, 100.1, np.nan, "99", None, True, -99])
@@ -419,7 +462,7 @@ def test_bad_percentile_is_named(symmetric, p):
     (lambda: moving_minmax([]), "batches must hold at least one batch, got none"),
     (lambda: moving_minmax([[1.0], []]), r"batch must not be empty, got shape \(0,\)"),
     (lambda: moving_minmax([[1.0], [np.nan]]), "batch must be finite, got 1 NaN"),
-    (lambda: moving_minmax([["a"]]), "batch must be an array of real numbers, got dtype <U1"),
+    (lambda: moving_minmax([["a"]]), r"batch must be an array of real numbers, got \['a'\] of dtype <U1"),
     (lambda: aciq([0.0, 1.0], 8, "x"), "distribution must be 'auto', 'gauss' or 'laplace', got 'x'"),
     (lambda: aciq([0.0, 1.0], 8, None), "distribution must be .* got None"),
     (lambda: ErrorProfile([1.0]).mse(1, 1), r"alpha must be less than beta, got alpha=\[1\] and beta=\[1\]"),
@@ -427,7 +470,13 @@ def test_bad_percentile_is_named(symmetric, p):
     (lambda: ErrorProfile([1.0]).mse([0, 3], [2, 1]), r"alpha must be less than beta, got alpha=\[0, 3\]"),
     (lambda: ErrorProfile([1.0]).mse(np.nan, 1), "alpha must be finite, got 1 NaN"),
     (lambda: ErrorProfile([1.0]).mse(0, np.inf), "beta must be finite, got 0 NaN and 1 infinite"),
-    (lambda: ErrorProfile([1.0]).mse("0", 1), "alpha must be an array of real numbers, got dtype <U1"),
+    (lambda: ErrorProfile([1.0]).mse("0", 1), "alpha must be an array of real numbers, got '0' of dtype <U1"),
+    (lambda: ErrorProfile([1.0]).mse(-1e39, 1e39), r"alpha and beta must be from .* alpha=\[-1e\+39\] and beta="),
+    (lambda: ErrorProfile([1.0]).mse([0, -1], [1, 2e38]), r"alpha and beta must be from .* got .*beta=\[1, 2e\+38\]"),
+    (lambda: ErrorProfile([1e200, -1e200, 3]), r"x must be from -1.7e\+38 to 1.7e\+38, .* got -1e\+200 to 1e\+200"),
+    (lambda: ErrorProfile(np.float32([-2e38, 1])), r"x must be from .* got -2e\+38 to 1"),
+    (lambda: mse([1e39]), r"x must be from .* got 1e\+39 to 1e\+39"),
+    (lambda: ErrorProfile([1.0]).magnitude_histogram([0, 1]), r"bins must be an integer of at least 1, got \[0, 1\]"),
 ])
 def test_bad_arguments_are_named_with_their_value(call, message):
     with pytest.raises(ValueError, match=f"^{message}"):

@@ -152,7 +152,7 @@ def test_words(name):
 
 
 @pytest.mark.parametrize("linked", [True, False])
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 4, np.int64(8)])
 def test_clipping_reads_what_affine_computes(bits, linked):
     explorer = clipping(ACTIVATIONS, bits=bits)
     explorer.set(linked=linked)
@@ -256,8 +256,27 @@ def test_drift_of_data_that_the_grid_holds():
     steps = np.arange(256, dtype=np.float32)
     explorer = drift(steps, steps)
     assert explorer.readout["static_sqnr_db"] == explorer.readout["dynamic_sqnr_db"] == np.inf
+    assert explorer.readout["lost_db"] == 0
     explorer.set(bits=7)
     assert_sound(explorer)
+
+
+@pytest.mark.parametrize("calibrated_on, new", [
+    ([3.0, 3.0], [1.0, 3.0]), ([-3.0], [2.0, -1.0]), ([2.0, 5.0], [1.0, 6.0]), ([-5.0, -2.0], [-1.0]),
+])
+def test_drift_of_data_on_one_side_of_0(calibrated_on, new):
+    explorer = drift(calibrated_on, new, bits=4)
+    for calibrator in CALIBRATORS:
+        for data in ("calibration", "new"):
+            explorer.set(calibrator=calibrator, data=data)
+            assert not any(map(np.isnan, explorer.readout.values()))  # infinite, if the grid holds each value
+            assert explorer.readout["alpha"] <= 0 <= explorer.readout["beta"]
+    explorer.set(calibrator="min-max")
+    alpha, beta, x = min(*calibrated_on, 0), max(*calibrated_on, 0), np.array(new)
+    x_hat = affine.fake_quantize(x, affine.range_params(alpha, beta, 4))
+    assert (explorer.readout["alpha"], explorer.readout["beta"]) == (alpha, beta)
+    assert explorer.readout["static_sqnr_db"] == pytest.approx(affine.sqnr_db(x, x_hat), abs=1e-4)
+    assert explorer.readout["outside_percent"] == 100 * np.mean((x < alpha) | (x > beta))
 
 
 @pytest.mark.parametrize("name", ["clipping", "drift"])
@@ -274,8 +293,9 @@ def test_a_profile_in_place_of_data(name):
 @pytest.mark.parametrize("x, bits, part", [
     ([0.5, np.nan], 4, "NaN"), ([0.5, np.inf], 4, "infinite"), ([], 4, "empty"), (np.zeros(9), 4, "zeros"),
     (["a"], 4, "real numbers"), (ACTIVATIONS, 9, "bits"), (ACTIVATIONS, 1, "bits"), (ACTIVATIONS, 4.5, "bits"),
-    (ACTIVATIONS, "4", "bits"),
-], ids=["NaN", "infinity", "empty", "zeros", "text", "9 bits", "1 bit", "4.5 bits", "bits as text"])
+    (ACTIVATIONS, "4", "bits"), (ACTIVATIONS, 8.0, r"bits must be an integer from 2 to 8, got 8\.0"),
+    (ACTIVATIONS, True, "bits must be an integer from 2 to 8, got True"),
+], ids=["NaN", "infinity", "empty", "zeros", "text", "9 bits", "1 bit", "4.5 bits", "bits as text", "8.0 bits", "bool"])
 def test_bad_data(make_it, x, bits, part):
     with pytest.raises(ValueError, match=part):
         make_it(x, bits=bits)

@@ -16,6 +16,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgba
+from sklearn.metrics import confusion_matrix
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -152,6 +153,11 @@ def test_digits_ptq_reads_what_ptq_computes(changes):
         + 4 * (len(layer.weight) if setting["weights"] == "per channel" else 1) for layer in ptq.layers(model).values())
     readout = dict(explorer.readout)
     assert readout.pop("worst_layer") == worst
+    confusions = confusion_matrix(truth, after, labels=range(10))
+    np.fill_diagonal(confusions, 0)
+    times = confusions.max()
+    label, reading = np.argwhere(confusions == times)[0]
+    assert readout.pop("most_confused") == f"{label} read as {reading}, {times} time{'s' if times > 1 else ''}"
     assert readout == pytest.approx({
         "accuracy": digits.accuracy(quantized, DATA.test_images, DATA.test_labels),
         "float_accuracy": digits.accuracy(digits.load(), DATA.test_images, DATA.test_labels),
@@ -187,6 +193,14 @@ def test_digits_ptq_reads_what_ptq_computes(changes):
         shown[y:y + 8, x + 1:x + 9] = True
     assert (mosaic[~shown] == 0).all()
     assert shown.sum() == 64 * min(len(broken), 12)
+
+
+@pytest.mark.parametrize("labels, readings, spelled", [
+    ([3, 5], [3, 5], "none"), ([0], [9], "0 read as 9, 1 time"), ([8, 1, 8, 8], [1, 8, 1, 8], "8 read as 1, 2 times"),
+    ([9, 2, 2], [0, 7, 3], "2 read as 3, 1 time"),
+])
+def test_most_confused(labels, readings, spelled):
+    assert networks._most_confused(torch.tensor(labels), torch.tensor(readings)) == spelled
 
 
 def test_few_bits_break_digits_and_eight_do_not():

@@ -367,6 +367,15 @@ def test_no_codes_are_refused(function):
         function([], FP32)
 
 
+@pytest.mark.parametrize("function", [encode, decode, spacing, fields])
+@pytest.mark.parametrize("fmt", ["FP32", None, np.float32, 32, FloatFormat, pytest.param("x" * 100, id="long")])
+def test_what_is_no_format_is_refused(function, fmt):
+    for x in (1, None):
+        message = f"fmt must be a FloatFormat, such as FP32, got {repr(fmt)[:60]}"
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            function(x, fmt)
+
+
 @pytest.mark.parametrize("fmt", [FP32, FP64], ids=lambda fmt: fmt.name)
 def test_codes_end_at_all_ones(fmt):
     assert np.isnan(decode(2**fmt.bits - 1, fmt))

@@ -92,7 +92,7 @@ def test_multipliers_per_channel_equal_those_one_by_one():
     (np.nan, "m must be finite, got 1 NaN"),
     (np.inf, "m must be finite, got 0 NaN and 1 infinite"),
     ([], "m must not be empty"),
-    ("0.5", "m must be an array of real numbers, got dtype <U3"),
+    ("0.5", "m must be an array of real numbers, got '0.5' of dtype <U3"),
     (None, "m must be an array of real numbers"),
 ])
 def test_bad_multiplier_is_named(m, message):
@@ -226,6 +226,14 @@ def test_codes_saturate():
     (lambda: requantize(1, 2**30, 0, 0, True, 2), "qmin must be an integer .* got dtype bool"),
     (lambda: requantize(1, 2**30, 0, **INT8, rounding="half"),
      "rounding must be one of even, up, gemmlowp, got 'half'"),
+    (lambda: requantize([[1, 2], [3]], 2**30, 0, **INT8), r"acc must be an integer .* got \[\[1, 2\], \[3\]\]"),
+    (lambda: requantize(1, 2**30, [[1, 2], [3]], **INT8), r"shift must be an integer .* got \[\[1, 2\], \[3\]\]"),
+    (lambda: requantize([1, 2, 3], [2**30] * 2, 0, **INT8), r"acc, m0, shift, zero_point, qmin, qmax must have shapes "
+     r"that broadcast, got \(3,\) for acc, \(2,\) for m0, \(\) for shift, \(\) for zero_point, "),
+    (lambda: requantize([1, 2, 3], 2**30, 0, 0, -128, [127] * 2), r"acc, .* broadcast, .* \(2,\) for qmax"),
+    (lambda: requantize([1, 2, 3], [2**30] * 2, 0, **INT8, rounding="gemmlowp"), "acc, m0, shift, .* broadcast"),
+    (lambda: saturating_rounding_doubling_high_mul([1, 2, 3], [1, 2]), r"a, b must have .* \(3,\) for a, \(2,\) for b"),
+    (lambda: rounding_divide_by_pot([1, 2, 3], [1, 2]), r"x, exponent must have .* \(3,\) for x, \(2,\) for exponent"),
     (lambda: rounding_divide_by_pot(1, 33), "exponent must be from 0 to 32, got 33"),
     (lambda: rounding_divide_by_pot(1, -1), "exponent must be from 0 to 32, got -1"),
     (lambda: saturating_rounding_doubling_high_mul(1, 2**31), "b must be from"),

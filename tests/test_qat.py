@@ -638,3 +638,13 @@ def test_prepare_refuses_what_is_quantized_already():
 def test_models_that_are_not_prepared_are_refused(function):
     with pytest.raises(ValueError, match="prepared must hold layers that prepare has made, got none in Sequential"):
         function(small_model())
+
+
+def test_lower_ends_that_are_learned_hardly_leave_0():
+    """As lesson 04 says."""
+    images, labels, *_ = data()
+    learner = prepare(ptq.fold_batch_norm(digits.load()), "LSQ+", images[:256], weight_bits=3, activation_bits=3)
+    for _ in train(learner, images, labels, epochs=10, lr=0.01, seed=0):
+        pass
+    assert any(low for low, _ in ranges(learner).values())
+    assert all(abs(low) < 0.05 * high for low, high in ranges(learner).values())

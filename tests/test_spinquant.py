@@ -98,6 +98,15 @@ def test_orders_that_are_none(n):
             function(n)
 
 
+@pytest.mark.parametrize("integer", [np.int64, np.uint8])
+def test_orders_and_seeds_may_be_integers_of_numpy(integer):
+    assert torch.equal(hadamard(integer(64)), hadamard(64))
+    for make in (random_hadamard, random_orthogonal):
+        assert torch.equal(make(integer(4), integer(7)), make(4, 7))
+    with pytest.raises(ValueError, match=r"such as 192 or 240, got 200$"):
+        hadamard(integer(200))
+
+
 @pytest.mark.parametrize("n", [*ORDERS, 4096])
 def test_fast_transform(n):
     x, matrix = normal(3, 2, n), hadamard(n, DOUBLE) / math.sqrt(n)
@@ -310,6 +319,15 @@ def test_it_stays_orthogonal_and_finds_the_nearest_rotation():
     assert losses[0] > 20 and losses[-1] < 1e-3
 
 
+def test_cayley_takes_numbers_of_numpy():
+    r, gradient = random_orthogonal(5, 0, DOUBLE), normal(5, 5, seed=1)
+    expected, state = one_step(r, gradient, lr=0.125, momentum=0.5, seed=3)
+    stepped, numpy_state = one_step(r, gradient, lr=np.float32(0.125), momentum=np.float16(0.5), seed=np.int64(3))
+    assert torch.equal(stepped, expected) and numpy_state["step_size"] == state["step_size"]
+    assert type(numpy_state["step_size"]) is float
+    assert torch.equal(one_step(r, gradient, lr=np.int64(2))[0], one_step(r, gradient, lr=2)[0])
+
+
 def test_momentum_is_the_papers():
     r, gradient = random_orthogonal(5, 0, DOUBLE), normal(5, 5, seed=1)
     parameter = nn.Parameter(r.clone())
@@ -352,6 +370,11 @@ def test_a_closure_and_parameters_without_gradients():
 @pytest.mark.parametrize("r, options, message", [
     (torch.eye(3), {"lr": 0}, "lr must be more than 0 and finite, got 0"),
     (torch.eye(3), {"lr": math.nan}, "lr must be more than 0 and finite, got nan"),
+    (torch.eye(3), {"lr": True}, "lr must be more than 0 and finite, got True"),
+    (torch.eye(3), {"lr": 1j}, "lr must be more than 0 and finite, got 1j"),
+    (torch.eye(3), {"lr": np.float32(np.inf)}, "lr must be more than 0 and finite, got np.float32(inf)"),
+    (torch.eye(3), {"lr": 1.0, "momentum": False}, "momentum must be at least 0 and less than 1, got False"),
+    (torch.eye(3), {"lr": 1.0, "seed": True}, "seed must be an integer, got True"),
     (torch.eye(3), {"lr": 1.0, "momentum": 1.0}, "momentum must be at least 0 and less than 1, got 1.0"),
     (torch.eye(3), {"lr": 1.0, "seed": None}, "seed must be an integer, got None"),
     (torch.zeros(3), {"lr": 1.0}, "params must be matrices with at most as many rows as columns, got shape (3,)"),
@@ -413,6 +436,8 @@ def test_learning_lowers_the_proxy_of_other_vectors():
     assert after < 0.8 * before
     again = learn_rotation(training, start=start, steps=100, lr=2.5e-4, batch_size=512)
     assert next(again).loss == steps[0].loss and torch.equal(next(again).rotation, steps[1].rotation)
+    numbers = {"steps": np.uint8(100), "lr": np.float64(2.5e-4), "batch_size": np.int64(512), "seed": np.int64(0)}
+    assert next(learn_rotation(training, start=start, **numbers)).loss == steps[0].loss
     other = next(learn_rotation(training, start=start, steps=100, lr=1e-3, batch_size=512, seed=1))
     assert other.loss != steps[0].loss
 
@@ -518,13 +543,15 @@ def test_the_table_says_what_the_lesson_says():
     found = {}
     for row in table["rows"]:
         found.setdefault(row["method"], []).append(row["perplexity"])
-    (none,), (end_to_end,) = found["none"], found[spinquant_study.END_TO_END]
+    (none,), end_to_end = found["none"], found[spinquant_study.END_TO_END]
     residual, random, orthogonal, learned = (found[method] for method in spinquant_study.METHODS[1:])
-    assert {len(some) for some in (residual, random, orthogonal, learned)} == {5}
+    assert {len(some) for some in (residual, random, orthogonal, learned, end_to_end)} == {5}
     assert min(orthogonal) > max(random) > min(random) > max(learned)
     assert min(learned) < 0.92 * min(random)
-    assert max(learned) < end_to_end < random[0]
-    assert table["end_to_end"]["seconds"] > 3 * max(entry["seconds"] for entry in table["learning"])
+    assert all(proxy < both < start for proxy, both, start in zip(learned, end_to_end, random, strict=True))
+    assert 0.25 < np.mean(np.subtract(random, end_to_end)) / np.mean(np.subtract(random, learned)) < 0.4
+    seconds = [[entry["seconds"] for entry in table[kind]] for kind in ("learning", "end_to_end")]
+    assert min(seconds[1]) > 5 * max(seconds[0])
     assert none - random[0] > 10 * (random[0] - min(learned))
     assert table["float32"] < 0.8 * min(learned)
     assert all(0.5 < entry["held_out_after"] / entry["held_out_before"] < 0.6 for entry in table["learning"])

@@ -47,6 +47,7 @@ class DigitsPTQ:
     accuracy: float  # percent
     broken: list  # test images that float reads right and the quantized network wrong: (index, label, reading)
     mended: int  # and the other way round
+    most_confused: str  # "8 read as 1, 12 times"
     sqnr_db: dict  # of each layer's output
     size_kb: float
 
@@ -86,6 +87,8 @@ def digits_ptq():
         ``weight_range`` ("min-max" or "MSE") and ``mode`` ("static", or "dynamic": each layer takes the range of the
         360 images at hand). With static ranges, the first layer's input has that of the pixels, 0 to 1, whatever the
         calibrator. ``accuracy`` is ``float_accuracy`` less the ``broken`` images plus the ``mended`` ones.
+        ``most_confused`` is the quantized network's most frequent wrong reading; of equally frequent ones, that of the
+        smallest digit, then the smallest reading.
         ``size_kb`` counts ``weight_bits`` for each weight, and 4 bytes for each scale of the weights and each bias,
         in units of 1000 bytes.
 
@@ -145,7 +148,7 @@ def digits_ptq():
         scale_count = sum(layer.weight_params.scale.numel() for layer in quantized_layers.values())
         return DigitsPTQ(
             100 * right.double().mean().item(), [(i, int(labels[i]), int(readings[i])) for i in broken],
-            int((right & ~float_right).sum()),
+            int((right & ~float_right).sum()), _most_confused(labels, readings),
             {name: 10 * math.log10(signal[name] / noise[name]) for name in layers},
             (weight_count * weight_bits / 8 + (scale_count + bias_count) * _FLOAT_BYTES) / 1000,
         )
@@ -156,6 +159,7 @@ def digits_ptq():
             "float_accuracy": float_accuracy,
             "broken": len(result.broken),
             "mended": result.mended,
+            "most_confused": result.most_confused,
             "worst_layer": result.worst_layer,
             "worst_sqnr_db": result.sqnr_db[result.worst_layer],
             "size_kb": result.size_kb,
@@ -183,6 +187,13 @@ def digits_ptq():
         "guessing, and below it a bar for the signal-to-noise ratio of each layer's output. Right: pictures of "
         "digits that float reads right and the quantized network wrong, each with its label and what is read now.",
     )
+
+
+def _most_confused(labels, readings):
+    wrong = labels != readings
+    counts = torch.bincount(10 * labels[wrong] + readings[wrong], minlength=100)
+    (label, reading), times = divmod(int(counts.argmax()), 10), int(counts.max())
+    return f"{label} read as {reading}, {times} time{'s' * (times > 1)}" if times else "none"
 
 
 def _outputs(model, named_layers, images):

@@ -254,9 +254,9 @@ class Drift:
 def drift(calibrated_on, new, bits=8):
     """Explore what a static range does to data that it was not calibrated on.
 
-    The range comes from ``calibrated_on`` and stays. The data that arrives is ``new``, multiplied by a gain. Above,
-    its histogram and the static range; below, the signal-to-noise ratio against the gain, with the static range and
-    with a range measured anew (dynamic).
+    The range comes from ``calibrated_on``, widened to hold 0, and stays. The data that arrives is ``new``, multiplied
+    by a gain. Above, its histogram and the static range; below, the signal-to-noise ratio against the gain, with the
+    static range and with a range measured anew (dynamic).
 
     Parameters
     ----------
@@ -282,8 +282,12 @@ def drift(calibrated_on, new, bits=8):
     for name, profile in profiles.items():
         if profile.min == profile.max == 0:
             raise ValueError(f"{name} data must hold a value other than 0, got only zeros")
-    static_range = lru_cache(lambda calibrator, bits: CALIBRATORS[calibrator](profiles["calibration"], bits, False))
-    dynamic_range = lru_cache(lambda calibrator, bits, data: CALIBRATORS[calibrator](profiles[data], bits, False))
+
+    @lru_cache
+    def calibrated(calibrator, bits, data):
+        alpha, beta = CALIBRATORS[calibrator](profiles[data], bits, False)
+        return min(alpha, 0.0), max(beta, 0.0)
+
     gains = np.geomspace(0.25, 4, 65)
     limit = 1.6 * max(abs(end) for profile in profiles.values() for end in (profile.min, profile.max))
     edges = limit * np.linspace(-1, 1, _BINS + 1)
@@ -293,14 +297,14 @@ def drift(calibrated_on, new, bits=8):
 
     @lru_cache
     def static_curve(calibrator, bits, data):
-        alpha, beta = static_range(calibrator, bits)
+        alpha, beta = calibrated(calibrator, bits, "calibration")
         return sqnr(data, alpha / gains, beta / gains, bits)
 
     def compute(*, gain, bits, calibrator, data):
-        alpha, beta = static_range(calibrator, bits)
+        alpha, beta = calibrated(calibrator, bits, "calibration")
         # Quantizing gain · x over [α, β] is quantizing x over [α, β] / gain: the profile of x serves every gain.
         counts, _ = profiles[data].histogram(edges / gain)
-        dynamic_db = float(sqnr(data, *dynamic_range(calibrator, bits, data), bits))
+        dynamic_db = float(sqnr(data, *calibrated(calibrator, bits, data), bits))
         return Drift(
             alpha, beta, gain, counts, float(sqnr(data, alpha / gain, beta / gain, bits)), dynamic_db,
             profiles[data].share_outside(alpha / gain, beta / gain), static_curve(calibrator, bits, data),
@@ -314,7 +318,7 @@ def drift(calibrated_on, new, bits=8):
             "outside_percent": 100 * result.outside,
             "static_sqnr_db": result.static_db,
             "dynamic_sqnr_db": result.dynamic_db,
-            "lost_db": result.dynamic_db - result.static_db,
+            "lost_db": 0.0 if result.static_db == result.dynamic_db else result.dynamic_db - result.static_db,
         }
 
     controls = {
@@ -378,6 +382,6 @@ def _two_verticals(axes):
 
 
 def _bits_slider(bits):
-    if bits not in range(2, 9):
+    if not isinstance(bits, (int, np.integer)) or not 2 <= bits <= 8:
         raise ValueError(f"bits must be an integer from 2 to 8, got {bits!r}")
     return widgets.IntSlider(bits, min=2, max=8, description="bits", layout={"width": "300px"})
