@@ -16,7 +16,7 @@ from array_api_compat import array_namespace as compat_namespace
 from array_api_compat import is_array_api_obj, is_torch_array
 
 MIN_BITS, MAX_BITS = 2, 16
-_LARGEST_END = float(np.finfo(np.float32).max) / 2  # the levels of any range up to here are finite in float32
+LARGEST_END = float(np.finfo(np.float32).max) / 2  # the levels of any range up to here are finite in float32
 _EXACT_IN_FLOAT32 = 2**24  # integers up to here
 
 
@@ -226,8 +226,8 @@ def range_params(alpha, beta, bits=8, *, symmetric=False, narrow=False, signed=T
     alpha, beta = alike(real_array(alpha, "alpha"), real_array(beta, "beta"))
     if not bool((alpha < beta).all()):
         raise ValueError(f"alpha must be less than beta, got alpha={_short(alpha)} and beta={_short(beta)}")
-    if plain and bool((alpha < -_LARGEST_END).any() or (beta > _LARGEST_END).any()):
-        raise ValueError(f"alpha and beta must be from {-_LARGEST_END:.3g} to {_LARGEST_END:.3g}, "
+    if plain and bool((alpha < -LARGEST_END).any() or (beta > LARGEST_END).any()):
+        raise ValueError(f"alpha and beta must be from {-LARGEST_END:.3g} to {LARGEST_END:.3g}, "
                          f"got alpha={_short(alpha)} and beta={_short(beta)}")
     params = _params(alpha, beta, bits, symmetric=symmetric, narrow=narrow, signed=signed, axis=axis)
     if not plain:

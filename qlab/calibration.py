@@ -11,12 +11,11 @@ import math
 
 import numpy as np
 
-from qlab.affine import ErrorSplit, check_bits, dequantize, range_params, real_array
+from qlab.affine import LARGEST_END, ErrorSplit, check_bits, dequantize, range_params, real_array
 
 _BLOCK = 8  # values per stored prefix sum, so that the sums take two bytes for each value
 _PART = 2**16  # values at a time, where a whole array of float64 would take too much memory
 _MOST_LEVELS = 2**13  # levels handled at once when many ranges are asked for: fits the processor's caches
-_LARGEST = float(np.finfo(np.float32).max) / 2  # where ranges may end: their levels are float32
 _LEAST_SCALE = float(np.finfo(np.float32).smallest_normal)
 _KL_BINS = 2048
 _GAUSS_MAD = math.sqrt(2 / math.pi)  # mean |x − μ| / σ of a normal distribution
@@ -64,8 +63,8 @@ class ErrorProfile:
     def __init__(self, x, *, overwrite_x=False):
         x = np.asarray(real_array(x, "x"))
         self.n, (self.min, self.max) = x.size, _ends(x)
-        if max(-self.min, self.max) > _LARGEST:
-            raise ValueError(f"x must be from {-_LARGEST:.3g} to {_LARGEST:.3g}, where ranges may end, "
+        if max(-self.min, self.max) > LARGEST_END:
+            raise ValueError(f"x must be from {-LARGEST_END:.3g} to {LARGEST_END:.3g}, where ranges may end, "
                              f"got {self.min:.3g} to {self.max:.3g}")
         self._x = x.reshape(-1) if overwrite_x else x.flatten()
         self._x.sort()

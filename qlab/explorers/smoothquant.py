@@ -29,7 +29,7 @@ class Smoothing:
     direction: str
     x_absmax: np.ndarray  # of each channel, as the quantizer sees it
     w_absmax: np.ndarray
-    curve: np.ndarray  # error of the output in percent, for each of ALPHAS
+    curve: np.ndarray  # error of the output in percent, for each of ALPHAS; empty without a direction
     off: float  # the same without smoothing
     now: float
 
@@ -38,7 +38,8 @@ def smoothing(places=None, bits=8):
     """Explore how α divides the difficulty between activations and weights, and what it does to their product.
 
     Left, the largest |X| and the largest |W| of each channel, before (grey) and after. Right, the error of the output
-    Y = X Wᵀ against α, activations and weights both quantized (absmax). Without quantization Y is the same for every α.
+    Y = X Wᵀ against α, once a direction is chosen; activations and weights are both quantized (absmax). Without
+    quantization Y is the same for every α.
 
     Parameters
     ----------
@@ -90,10 +91,10 @@ def smoothing(places=None, bits=8):
 
     def compute(*, place, alpha, direction, per, bits):
         s = scales(place, alpha, direction)
-        shown = RIGHT if direction == OFF else direction
+        alphas = ALPHAS if direction != OFF else []  # a curve would answer before the learner has moved α
         return Smoothing(
             place, alpha, direction, (peaks[place][0] / s).numpy(), (peaks[place][1] * s).numpy(),
-            curve=np.array([error(place, float(a), shown, per, bits) for a in ALPHAS]),
+            curve=np.array([error(place, float(a), direction, per, bits) for a in alphas]),
             off=error(place, 0.0, OFF, per, bits), now=error(place, alpha, direction, per, bits),
         )
 
@@ -101,7 +102,7 @@ def smoothing(places=None, bits=8):
         return {
             "output_error_percent": result.now,
             "off_percent": result.off,
-            "best_alpha": round(float(ALPHAS[result.curve.argmin()]), 2),
+            "best_alpha": round(float(ALPHAS[result.curve.argmin()]), 2) if result.curve.size else "—",
             "largest_x": float(result.x_absmax.max()),
             "largest_w": float(result.w_absmax.max()),
         }
@@ -159,7 +160,7 @@ def _draw(artists, peaks, result):
             panel.set(xlim=(0, peak.size), ylim=(max(least, most * 1e-9), most))
     for line, values in zip(artists.after, (result.x_absmax, result.w_absmax), strict=True):
         line.set_data(np.arange(values.size), values)
-    artists.line.set_data(ALPHAS, np.clip(result.curve, _LEAST, _MOST))
+    artists.line.set_data(ALPHAS[:result.curve.size], np.clip(result.curve, _LEAST, _MOST))
     artists.off.set_ydata([np.clip(result.off, _LEAST, _MOST)] * 2)
     artists.dot.set_data([result.alpha] if result.direction != OFF else [], [np.clip(result.now, _LEAST, _MOST)]
                          if result.direction != OFF else [])
