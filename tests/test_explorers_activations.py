@@ -226,6 +226,9 @@ def test_what_outliers_do_and_what_helps():
     assert put("outliers", massive).readout["others_to_zero_percent"] > 80
     assert put("outliers", massive | {"granularity": "token"}).readout["others_to_zero_percent"] < 20
     assert error(**massive, treatment=ZERO, threshold=64) > 1  # of token 0 nothing is left
+    finer = {granularity: error(**massive, granularity=granularity) for granularity in ("token", "channel", "group")}
+    assert max(finer.values()) < 0.05 * error(**massive)
+    assert min(finer, key=finer.get) == "group"
 
 
 @pytest.mark.parametrize("bits", [2, 5, 8])

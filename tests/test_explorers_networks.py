@@ -224,6 +224,12 @@ def test_what_lesson_04_says_of_digits_ptq(changes, accuracy):
     assert f"{accuracy} %" in said
 
 
+def test_what_a_scale_per_channel_takes():
+    sizes = [put("digits_ptq", {"weight_bits": 3, "weights": weights}).readout["size_kb"]
+             for weights in ("per tensor", "per channel")]
+    assert f"{sizes[1] - sizes[0]:.1f}" == "0.9"  # as lesson 04 says
+
+
 @pytest.mark.parametrize("calibrator", ptq.CALIBRATORS)
 def test_another_calibrator_helps_little_where_the_weights_fail(calibrator):
     accuracy = put("digits_ptq", {"weight_bits": 3, "activation_bits": 3, "calibrator": calibrator}).readout["accuracy"]

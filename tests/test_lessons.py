@@ -13,6 +13,7 @@ from torch.ao.quantization import MinMaxObserver
 
 from qlab import samples
 from qlab.affine import absmax_params, dequantize, quantize, zero_point_params
+from qlab.explorers import drift, mapping
 from qlab.floats import FP32, decode, encode, fields
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
@@ -114,3 +115,22 @@ def test_what_onnx_runtime_does_with_seven_numbers():
         assert (s, z) == (params.scale, params.zero_point + 128)
         assert np.array_equal(q, quantize(x, params) + 128)
         assert np.array_equal(s * np.float32(q - z), dequantize(quantize(x, params), params))
+
+
+def test_lesson_02_codes_of_absmax_after_a_relu():
+    out = samples.load("digit_images").astype(np.float64)
+    for w, b in samples.mlp("relu")[:3]:
+        out = np.maximum(out @ w.T + b, 0)
+    result = mapping(out, bits=4)._compute(data="23,040 values", scheme="absmax", bits=4, alpha=0, beta=0, narrow=False)
+    assert np.unique(quantize(out, result.params)).tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert np.unique(quantize(result.values.threads, result.params)).tolist() == [0, 1, 2, 3, 4, 7]
+
+
+def test_lesson_03_data_that_shrinks_first_fits_again():
+    moved = drift(samples.load("activations"), samples.load("new_activations"), bits=8)
+    found = {}
+    for gain in (1, 0.8, 0.5, 0.25):
+        moved.set(gain=gain)
+        found[gain] = moved.readout["static_sqnr_db"]
+    assert found[0.8] > found[1] + 3
+    assert 5.5 < found[0.5] - found[0.25] < 6.5

@@ -91,7 +91,7 @@ def smoothing(places=None, bits=8):
 
     def compute(*, place, alpha, direction, per, bits):
         s = scales(place, alpha, direction)
-        alphas = ALPHAS if direction != OFF else []  # a curve would answer before the learner has moved α
+        alphas = ALPHAS if direction != OFF else []  # it would answer the question that it is to raise
         return Smoothing(
             place, alpha, direction, (peaks[place][0] / s).numpy(), (peaks[place][1] * s).numpy(),
             curve=np.array([error(place, float(a), direction, per, bits) for a in alphas]),
