@@ -117,6 +117,7 @@ def set_theme(page, theme):
     if page.evaluate("() => document.body.dataset.jpThemeName") != name:
         page.evaluate("theme => jupyterapp.commands.execute('apputils:change-theme', {theme})", name)
         page.wait_for_function(f"before => ({BACKGROUND})() !== before", arg=before)
+        page.locator("#jupyterlab-splash").wait_for(state="detached")  # it covers the page, fading, for 0.2 s more
 
 
 def violations(page, rules=None):
