@@ -43,7 +43,7 @@ def figures(tmp_path_factory):
                             metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
     nbformat.write(notebook, folder / "access.ipynb")
     with jupyterlab(folder) as address, chromium(height=1000) as page:
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(30_000)
         open_notebook(page, address, "access.ipynb")
         assert run_all(page) == []
         outputs = page.locator(".jp-OutputArea-output", has=page.locator("img"))

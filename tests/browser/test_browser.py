@@ -70,7 +70,7 @@ class Figure:
         return self.image().evaluate(PIXELS)
 
     def wait_for_change(self, before):
-        return self.page.wait_for_function(CHANGED, arg=[self.image(), before], timeout=10_000).json_value()
+        return self.page.wait_for_function(CHANGED, arg=[self.image(), before], timeout=30_000).json_value()
 
     def number(self, name):
         return self.page.evaluate(NUMBER, [self.output.element_handle(), name.replace("_", " ")])
@@ -128,7 +128,7 @@ def lab(tmp_path_factory):
                             metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
     nbformat.write(notebook, folder / "small.ipynb")
     with jupyterlab(folder) as address, chromium(height=1400) as page:
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(30_000)
         yield address, page
 
 
@@ -302,7 +302,9 @@ def test_lesson(lab, said, lesson):
     assert run_all(page) == []
     outputs = page.locator(".jp-OutputArea-output:visible", has=page.locator(".jupyter-widgets img"))
     shown = page.evaluate(VIEWS)
-    assert outputs.count() == shown > 0
+    assert shown > 0
+    outputs.nth(shown - 1).wait_for()  # the kernel may be idle before the browser has drawn
+    assert outputs.count() == shown
     for i in range(shown):
         width, height, colors, _ = map(int, Figure(page, outputs.nth(i)).pixels().split(","))
         assert width > 300 < 3 * height

@@ -31,7 +31,7 @@ def folder(tmp_path):
 @pytest.fixture(scope="module")
 def page():
     with chromium(height=1400) as page:
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(30_000)
         yield page
 
 

@@ -52,7 +52,7 @@ def test_the_figures_are_live(app):
     image = app.locator(".jupyter-widgets img").first.element_handle()
     before = image.get_attribute("src")
     app.locator(".noUi-handle").nth(1).press("ArrowLeft")
-    app.wait_for_function("([image, before]) => image.src !== before", arg=[image, before], timeout=10_000)
+    app.wait_for_function("([image, before]) => image.src !== before", arg=[image, before], timeout=30_000)
 
 
 def test_there_is_text_and_no_code(app):
