@@ -1,8 +1,8 @@
 """A real language model, SmolLM2-135M-Instruct, as a plain LLaMA that can be read from top to bottom, and its loader.
 
 `load` finds the converted model in a cache folder, or fetches it once (93 MB). ``python -m qlab.smollm`` does the same
-beforehand, for a classroom without a network. The published file holds the matrices in 4 bits; decoded, they are the
-FP32 reference of this course.
+beforehand, for a classroom without a network. The model was published in BF16; the file that is fetched holds its
+matrices in 4 bits (GGUF's Q4_1). Decoded, they are the FP32 reference of this course.
 """
 
 import hashlib

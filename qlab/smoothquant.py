@@ -187,8 +187,8 @@ def quantized(model, level, found=None, bits=8, *, per_channel=False, sites=SITE
     bits : int, 2 to 16
         Of weights and activations.
     per_channel : bool
-        One scale for each row of the weights, where the paper has one for each matrix. Rows of ``up`` that "down_in"
-        has divided by a small s would else set the scale of all others.
+        One scale for each row of the weights, where the paper has one for each matrix. A few rows of ``down``, whose
+        columns "down_in" has multiplied, and of ``up``, which it has divided, would else set the scale of all others.
     sites : iterable of str, of `qlab.smollm.SITES`
         Where activations, and the weights that they meet, are quantized.
 

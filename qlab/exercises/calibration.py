@@ -32,6 +32,8 @@ def check_clipping_error(function):
                               "only then do the clipping and the rounding error sum to the MSE."),
         (lambda x, alpha, beta: np.sum((x - np.clip(x, alpha, beta)) ** 2),
          "This is the sum of the squared errors; the MSE is their mean."),
+        (lambda x, alpha, beta: np.sum((x - np.clip(x, alpha, beta)) ** 2) / len(x),
+         "len(x) counts the rows of a matrix. Divide by the number of all values: x.size, or take np.mean."),
         (lambda x, alpha, beta: np.mean(np.abs(x - np.clip(x, alpha, beta))),
          "This is the mean of |error|; the MSE takes the square."),
         (lambda x, alpha, beta: np.mean((x - np.minimum(x, beta)) ** 2),
@@ -115,6 +117,6 @@ def check_best_range(function):
         elif beta < 0.1 * best:
             hint = " Yours is very small: is only the rounding error being minimized? Count what is clipped, too."
         else:
-            hint = " Try more candidates between 0 and max |x|."
+            hint = " Try more candidates above 0, up to max |x|."
         return Verdict(False, said + hint)
     return Verdict(True, "Right: within 2 % of the least possible error at 3, 4 and 8 bits.")

@@ -158,6 +158,9 @@ def check_straight_through(function):
         (lambda x, s, qmin, qmax: s * ((x / s).sign() * ((x / s).abs() + 0.5).floor()).clamp(qmin, qmax),
          "A half goes away from 0 here, as at school: 0.5 → 1, −0.5 → −1. Quantizers round half to even, as "
          "torch.round does: 0.5 → 0, 1.5 → 2, 2.5 → 2."),
+        (lambda x, s, qmin, qmax: s * (x / s + 0.5).floor().clamp(qmin, qmax),
+         "A half goes up here: 0.5 → 1, −0.5 → 0. Quantizers round half to even, as torch.round does: 0.5 → 0, "
+         "1.5 → 2, 2.5 → 2."),
     ]
     tiny = np.array([-3, -0.75, -0.25, 0.2, 0.25, 0.75, 1.2, 9])
     real = samples.load("activations").ravel()
@@ -242,6 +245,8 @@ def check_multiplier(function):
         (lambda m: (rounded(m, 32)[0], ...),
          "m0 is 2^31 or more here, and does not fit int32, whose largest number is 2^31 − 1. The fraction m0 / 2^31 "
          "lies in [½, 1): 0.25 is 0.5 · 2^−1, not 1 · 2^−2."),
+        (lambda m: (min(rounded(m)[0], 2**31 - 1), rounded(m)[1]),
+         "m0 is held at 2^31 − 1 where it was rounded up to 2^31. Nearer is 2^30, with a shift that is less by 1."),
         (lambda m: (int(math.frexp(m)[0] * 2**31), rounded(m)[1]),
          "The fraction of m0 is cut off here (int() does that). Round to the nearest integer: half the error."),
     ]

@@ -37,7 +37,7 @@ class Rotation2d:
     error: float  # ‖x R − Q(x R)‖ / ‖x‖ in percent
     kurtosis: float
     without: float  # the error at θ = 0
-    curves: tuple  # error, max |x R| and kurtosis at each angle, as multiples of what they are at θ = 0
+    curves: tuple  # error, max |x R| and kurtosis at each angle, as multiples of what they are at θ = 0; or empty
 
 
 def rotation_2d():
@@ -45,8 +45,8 @@ def rotation_2d():
 
     Left, tokens of two channels in the rotated coordinates, x R, with the levels of one absmax grid for both channels
     (up to 6 bits) and the square |x R| ≤ max. Middle, the same tokens and levels turned back by Rᵀ: the tokens are
-    where they were, and the grid stands at an angle. Right, for all angles, the error, max |x R| and the kurtosis as
-    multiples of what they are without rotation.
+    where they were, and the grid stands at an angle. Right, once a control has been moved, the error, max |x R| and the
+    kurtosis at all angles, as multiples of what they are without rotation.
 
     Returns
     -------
@@ -85,8 +85,9 @@ def rotation_2d():
     def compute(*, theta, bits, outlier):
         x, r = clouds[outlier], _turn(theta)
         params = absmax_params(x @ r, bits)
+        moved = (theta, bits, outlier) != start  # before, curves would answer the question that they are to raise
         return Rotation2d(theta, x, r, params, error_percent(x @ r, params), kurtosis(x @ r),
-                          error_percent(x, absmax_params(x, bits)), curves(outlier, bits))
+                          error_percent(x, absmax_params(x, bits)), curves(outlier, bits) if moved else ([], [], []))
 
     def read(result):
         return {"theta": result.theta, "max": float(np.abs(result.x @ result.r).max()), "kurtosis": result.kurtosis,
@@ -95,11 +96,12 @@ def rotation_2d():
     def best(*, bits, outlier, **_):
         return {"theta": float(_ANGLES[curves(outlier, bits)[0].argmin()])}
 
+    start = (0, 4, ONE_AXIS)
     controls = {
-        "theta": widgets.FloatSlider(0, min=0, max=90, step=1, description="θ (degrees)", readout_format=".0f",
+        "theta": widgets.FloatSlider(start[0], min=0, max=90, step=1, description="θ (degrees)", readout_format=".0f",
                                      layout={"width": "380px"}),
-        "bits": _bits_slider(4),
-        "outlier": widgets.ToggleButtons(options=[NO_AXIS, ONE_AXIS, DIAGONAL], value=ONE_AXIS,
+        "bits": _bits_slider(start[1]),
+        "outlier": widgets.ToggleButtons(options=[NO_AXIS, ONE_AXIS, DIAGONAL], value=start[2],
                                          style={"button_width": "96px"}),
     }
     figure, artists = _figure_2d(1.12 * max(np.linalg.norm(x, axis=1).max() for x in clouds.values()))
@@ -174,7 +176,7 @@ def _draw_2d(artists, result):
         for name, points in shapes.items():
             getattr(panel, name).set_data(*(points @ back).T)
     for line, curve in zip(artists.lines, result.curves, strict=True):
-        line.set_data(_ANGLES, curve)
+        line.set_data(_ANGLES[:len(curve)], curve)
     artists.now.set_xdata([result.theta] * 2)
     artists.marker.set_data([result.theta], [result.error / result.without])
 
@@ -199,7 +201,8 @@ class Rotation:
     turned: Turned
     half_steps: tuple  # least and most
     to_zero: float  # share of the values that become 0
-    output_error: dict  # rotation: ‖(x R − Q(x R)) Rᵀ Wᵀ‖ / ‖x Wᵀ‖ of each token in percent, mean and largest; or None
+    output_error: dict  # rotation: ‖(x R − Q(x R)) Rᵀ Wᵀ‖ / ‖x Wᵀ‖ of each token in percent, mean and largest; or
+    #   None where it does not fit. Only "none" until a rotation is chosen
 
 
 def rotation(places=None, bits=4, rotations=None):
@@ -207,8 +210,8 @@ def rotation(places=None, bits=4, rotations=None):
 
     Left, the largest |x| of each channel, before (grey) and after the rotation. Middle, how many values have which
     magnitude, before and after. The blue lines are half a step of the grids, the least and the most: what lies below
-    becomes 0. Right, how wrong the layer's output is with each rotation. The weights are rotated along and stay in
-    float.
+    becomes 0. Right, how wrong the layer's output is without a rotation, and with each, once one is chosen. The weights
+    are rotated along and stay in float.
 
     Parameters
     ----------
@@ -282,7 +285,7 @@ def rotation(places=None, bits=4, rotations=None):
 
     def compute(*, place, rotate, seed, bits, granularity):
         output, errors = outputs[place], {}
-        for name in names:
+        for name in names if rotate != NONE else [NONE]:  # the others would answer the question that they are to raise
             after = turned_if_it_fits(place, name, seed)
             if isinstance(after, ValueError):
                 if name == rotate:
@@ -407,10 +410,12 @@ def _draw_rotation(artists, before, scales, result):
     shown = {name: error for name, error in result.output_error.items() if error}
     artists.worst.set_data(np.clip([worst for _, worst in shown.values()], _LEAST, _MOST),
                            [artists.names.index(name) for name in shown])
-    for i, (name, error) in enumerate(result.output_error.items()):
-        now = name == result.rotate
+    for i, name in enumerate(artists.names):
+        now, error = name == result.rotate, result.output_error.get(name)
         mean = _LEAST if error is None else error[0]
-        label = "does not fit" if error is None else f"{mean:.2g} %" if mean < 99.5 else f"{mean:.0f} %"
+        label = f"{mean:.2g} %" if mean < 99.5 else f"{mean:.0f} %"
+        if error is None:
+            label = "does not fit" if name in result.output_error else "?"
         artists.lines[i].set_data([_LEAST, np.clip(mean, _LEAST, _MOST)], [i, i])
         artists.lines[i].set_color(VERMILION if now else GREY)
         artists.texts[i].set(text=f"{name}: {label}", fontweight="bold" if now else "normal")
