@@ -85,10 +85,21 @@ def test_lesson_06_smoothed_statistics_are_those_of_the_smoothed_model(llm):
         torch.testing.assert_close(said[place].high, after[place].high, rtol=1e-3, atol=2e-4)
 
 
-def test_lesson_06_the_circle_closes(llm, exact):
-    smoothed = smoothquant.smooth(llm[0], llm[1], 0.7, sites=smoothquant.PAIRS)
+@pytest.fixture(scope="module")
+def smoothed(llm):
+    return smoothquant.smooth(llm[0], llm[1], 0.7, sites=smoothquant.PAIRS)
+
+
+def test_lesson_06_the_circle_closes(llm, exact, smoothed):
     assert perplexity(llm, {}, smollm.torch_int8(smoothed, per_channel=True)) < 1.25 * exact
     assert perplexity(llm, {}, smollm.torch_int8(smoothed)) > 1.5 * exact  # one scale per matrix
+
+
+def test_lesson_06_up_and_down_pay_for_one_scale_per_matrix(llm, exact, smoothed):
+    rise = {site: perplexity(llm, {}, smollm.quantize_weights(smoothed, 8, sites=[site])) / exact
+            for site in smollm.SITES}
+    assert max(rise["attn_in"], rise["o_in"]) < 1.03
+    assert 1.1 < rise["mlp_in"] < rise["down_in"]
 
 
 def test_lesson_07_rotations_help_and_the_gains_come_first(llm, exact):
