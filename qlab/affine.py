@@ -558,11 +558,39 @@ def _same_shape(x, y):
     return xp.astype(x, xp.float64), xp.astype(y, xp.float64), xp
 
 
+def check_integer(value, name, low, high=None):
+    """``value`` as an int: the one check of counts, bits, seeds and sizes.
+
+    Parameters
+    ----------
+    value : int, of Python or NumPy
+        A bool is none.
+    name : str
+        Of the argument, for the message.
+    low : int or None
+    high : int, optional
+        Ends of what is allowed, both of it; None: no end.
+
+    Raises
+    ------
+    ValueError
+        If ``value`` is no integer or out of range.
+
+    Examples
+    --------
+    >>> check_integer(np.int64(3), "bits", 2, 8)
+    3
+    """
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
+    if not whole or (low is not None and value < low) or (high is not None and value > high):
+        allowed = f" from {low} to {high}" if high is not None else f" of at least {low}" if low is not None else ""
+        raise ValueError(f"{name} must be an integer{allowed}, got {repr(value)[:60]}")
+    return int(value)
+
+
 def check_bits(bits):
     """``bits`` as an int; a ValueError unless it is an integer from 2 to 16."""
-    if not isinstance(bits, (int, np.integer)) or not MIN_BITS <= bits <= MAX_BITS:
-        raise ValueError(f"bits must be an integer from {MIN_BITS} to {MAX_BITS}, got {bits!r}")
-    return int(bits)
+    return check_integer(bits, "bits", MIN_BITS, MAX_BITS)
 
 
 def _check_axis(axis, x):
