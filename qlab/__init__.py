@@ -5,6 +5,7 @@
 
 import os
 from importlib import import_module
+from pkgutil import iter_modules
 
 __version__ = "0.1.0"
 
@@ -12,11 +13,7 @@ __version__ = "0.1.0"
 # makes each many times slower; so let them sleep. It must be set before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-_MODULES = (
-    "affine", "calibration", "digits", "exercises", "explorers", "floats", "integer", "live", "outliers", "ptq", "qat",
-    "qat_study", "samples", "smollm", "smoothquant", "spinquant",
-    "spinquant_study", "training",
-)
+_MODULES = {module.name for module in iter_modules(__path__)}
 
 
 def __getattr__(name):
@@ -26,4 +23,4 @@ def __getattr__(name):
 
 
 def __dir__():
-    return sorted([*globals(), *_MODULES])
+    return sorted({*globals(), *_MODULES})

@@ -12,7 +12,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from qlab import explorers, live, samples
-from qlab.explorers.bits import BitBoxes
+from qlab.explorers.floats import BitBoxes
 from qlab.floats import FP32
 from qlab.live import Explorer, new_figure
 

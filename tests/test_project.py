@@ -141,7 +141,7 @@ def test_lower_floors_import_no_upper_ones(path):
     ("affine", "def f():\n    import qlab.live", {"live"}),
     ("calibration", "from qlab import affine, live", {"live"}),
     ("__init__", "from qlab.affine import mse", {"affine"}),
-    ("live", "from qlab.explorers.ranges import drift", set()),
+    ("live", "from qlab.explorers.calibration import drift", set()),
 ])
 def test_upward_imports_are_noticed(module, source, upward):
     assert upward_imports(module, source) == upward

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from qlab.affine import absmax_params, fake_quantize
-from qlab.explorers.activations import _checked, _place_control
-from qlab.explorers.ranges import _bits_slider
+from qlab.explorers.parts import bits_slider
+from qlab.explorers.places import checked_places, place_control
 from qlab.live import BLACK, GREY, ORANGE, VERMILION, Explorer, new_figure
 from qlab.smoothquant import smoothing_scales
 
@@ -71,7 +71,7 @@ def smoothing(places=None, bits=8):
     >>> explorer.readout["output_error_percent"] < before / 3
     True
     """
-    places = _checked(places)
+    places = checked_places(places)
     peaks = {place: (x.abs().amax(0), w.abs().amax(0)) for place, (x, w) in places.items()}
     outputs = {place: x @ w.T for place, (x, w) in places.items()}
 
@@ -108,12 +108,12 @@ def smoothing(places=None, bits=8):
         }
 
     controls = {
-        "place": _place_control(places),
+        "place": place_control(places),
         "direction": widgets.ToggleButtons(options=[OFF, RIGHT, PRINTED], style={"button_width": "160px"}),
         "alpha": widgets.FloatSlider(0.5, min=0, max=1, step=0.05, description="α", disabled=True,
                                      layout={"width": "300px"}),
         "per": widgets.ToggleButtons(options=[TENSOR, VECTOR], style={"button_width": "110px"}),
-        "bits": _bits_slider(bits),
+        "bits": bits_slider(bits),
     }
 
     def couple(name, state):

@@ -1,4 +1,4 @@
-"""Lesson 07: what a rotation in front of the quantizer does to outliers."""
+"""Lesson 07: what a rotation in front of the quantizer does to outliers, and how one is learned."""
 
 import math
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from qlab.affine import QParams, absmax_params, dequantize, fake_quantize, real_array
-from qlab.explorers.activations import _checked, _name, _place_control
-from qlab.explorers.grids import _paths
-from qlab.explorers.ranges import _bits_slider
+from qlab.explorers.parts import bits_slider, paths
+from qlab.explorers.places import checked_places, place_control, place_name
+from qlab.explorers.watching import Watching
 from qlab.live import BLACK, BLUE, GREEN, GREY, ON_GREY, ORANGE, VERMILION, Explorer, new_figure
 from qlab.outliers import kurtosis, params_of
 from qlab.spinquant import _check_orthogonal, fast_hadamard, random_hadamard, random_orthogonal
@@ -24,6 +24,7 @@ _LONG, _SHORT = 5.0, 1.0  # standard deviations along the outlier axis and acros
 _MOST_LINES = 64  # of a grid in each direction: more would be a grey area
 _RATIOS = (0.5, 0.7, 1, 1.4, 2)
 _LEAST, _MOST = 0.03, 300.0  # percent: ends of the axis of the output error
+_LEAST_ORTHOGONALITY = 1e-8
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def rotation_2d():
     controls = {
         "theta": widgets.FloatSlider(start[0], min=0, max=90, step=1, description="θ (degrees)", readout_format=".0f",
                                      layout={"width": "380px"}),
-        "bits": _bits_slider(start[1]),
+        "bits": bits_slider(start[1]),
         "outlier": widgets.ToggleButtons(options=[NO_AXIS, ONE_AXIS, DIAGONAL], value=start[2],
                                          style={"button_width": "96px"}),
     }
@@ -166,7 +167,7 @@ def _draw_2d(artists, result):
     levels = dequantize(np.arange(result.params.qmin, result.params.qmax + 1), result.params)
     low, high = levels[0], levels[-1]
     lines = levels if len(levels) <= _MOST_LINES else levels[:0]
-    upright = _paths([lines, lines], [np.full(lines.size, low), np.full(lines.size, high)])
+    upright = paths([lines, lines], [np.full(lines.size, low), np.full(lines.size, high)])
     grid = np.hstack([upright, upright[::-1]]).T
     square = np.array([[low, low], [low, high], [high, high], [high, low], [low, low]])
     turned, far = result.x @ result.r, 2 * np.abs(result.x).max()
@@ -251,7 +252,7 @@ def rotation(places=None, bits=4, rotations=None):
     >>> round(explorer.readout["output_error_percent"], 1)
     9.7
     """
-    places, given = _checked(places), {}
+    places, given = checked_places(places), {}
     for name, matrix in _items(rotations):
         given[name] = _fitting(name, matrix, {x.shape[1] for x, _ in places.values()})
     names = [NONE, HADAMARD, RANDOM_HADAMARD, RANDOM_ORTHOGONAL, *given]
@@ -289,7 +290,7 @@ def rotation(places=None, bits=4, rotations=None):
             after = turned_if_it_fits(place, name, seed)
             if isinstance(after, ValueError):
                 if name == rotate:
-                    raise ValueError(f"rotation {name!r} does not fit {_name(place)}: {after}")
+                    raise ValueError(f"rotation {name!r} does not fit {place_name(place)}: {after}")
                 errors[name] = None
                 continue
             params = params_of(after.x, granularity, bits)
@@ -308,11 +309,11 @@ def rotation(places=None, bits=4, rotations=None):
                 "without_rotation_percent": result.output_error[NONE][0], "to_zero_percent": 100 * result.to_zero}
 
     controls = {
-        "place": _place_control(places),
+        "place": place_control(places),
         "rotate": widgets.ToggleButtons(options=names, style={"button_width": "auto"}),
         "seed": widgets.IntSlider(0, min=0, max=9, description="seed", disabled=True, layout={"width": "240px"},
                                   style={"description_width": "40px"}),
-        "bits": _bits_slider(bits),
+        "bits": bits_slider(bits),
         "granularity": widgets.ToggleButtons(options=["tensor", "token"], value="token",
                                              style={"button_width": "72px"}),
     }
@@ -397,7 +398,7 @@ def _draw_rotation(artists, before, scales, result):
     columns = np.arange(old.largest.size) + 0.5
     if result.place != artists.place:  # a new background
         artists.place = result.place
-        artists.before.set_data(*_paths([columns, columns], [np.full(columns.size, scale.low), old.largest]))
+        artists.before.set_data(*paths([columns, columns], [np.full(columns.size, scale.low), old.largest]))
         artists.profile.set(xlim=(0, columns.size), ylim=(scale.low, 4 * scale.high))
         artists.counts_before.remove()
         artists.counts_before = artists.histogram.fill_betweenx(
@@ -406,7 +407,7 @@ def _draw_rotation(artists, before, scales, result):
     artists.after.set_data(columns, result.turned.largest)
     artists.counts.set_data(result.turned.counts.clip(0.7).repeat(2), scale.bins.repeat(2)[1:-1])
     for line in artists.halves:
-        line.set_data(*_paths([[0, 0], [1, 1]], [result.half_steps] * 2))
+        line.set_data(*paths([[0, 0], [1, 1]], [result.half_steps] * 2))
     shown = {name: error for name, error in result.output_error.items() if error}
     artists.worst.set_data(np.clip([worst for _, worst in shown.values()], _LEAST, _MOST),
                            [artists.names.index(name) for name in shown])
@@ -419,3 +420,86 @@ def _draw_rotation(artists, before, scales, result):
         artists.lines[i].set_data([_LEAST, np.clip(mean, _LEAST, _MOST)], [i, i])
         artists.lines[i].set_color(VERMILION if now else GREY)
         artists.texts[i].set(text=f"{name}: {label}", fontweight="bold" if now else "normal")
+
+
+class watch_rotation(Watching):
+    """Watch `qlab.spinquant.learn_rotation` while it runs, with a Stop button; otherwise as `watch`.
+
+    Left, the proxy of each step's vectors, and what ``measure`` finds on other vectors. Right, how far the matrix is
+    from orthogonal, max |RᵀR − I|, on a logarithmic axis.
+
+    Parameters
+    ----------
+    steps : iterator of RotationStep
+        From `qlab.spinquant.learn_rotation`.
+    measure : function
+        ``measure(rotation) -> float``, on held-out vectors; ``rotation`` is None before the first step.
+    every : int, ≥ 1
+        Steps between two measurements and two pictures.
+
+    Raises
+    ------
+    ValueError
+        As `watch`.
+
+    References
+    ----------
+    Liu et al. 2025, "SpinQuant: LLM quantization with learned rotations", section 3.2.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from qlab.spinquant import ProxyInputs, learn_rotation, proxy_loss
+    >>> x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([9.0, 1.0, 1.0, 1.0])
+    >>> inputs, start = ProxyInputs(x, torch.ones(200)), torch.eye(4)
+    >>> run = watch_rotation(learn_rotation(inputs, start=start, steps=30),
+    ...                      lambda r: proxy_loss(start if r is None else r, inputs).item())
+    >>> for step in run:
+    ...     pass
+    >>> run.history[0]["held_out"] > run.explorer.readout["held_out"]
+    True
+    """
+
+    def __init__(self, steps, measure, every=10):
+        self._rotation = None
+        super().__init__(steps, lambda: {"held_out": float(measure(self._rotation))}, every)
+
+    def _of_step(self, step):
+        self._rotation = step.rotation
+        return {"step": step.step, "loss": step.loss, "orthogonality": step.orthogonality}
+
+    def _new_explorer(self, controls, arrange):
+        figure, artists = _learning_figure(self._total, self.history[0]["held_out"])
+
+        def read(history):
+            found = {name: value for record in history for name, value in record.items()}
+            return {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in found.items()}
+
+        return Explorer(
+            figure, controls, lambda step: [record for record in self.history if record["step"] <= step],
+            lambda history: _draw_learning(artists, history), read, arrange=arrange, title="A rotation is learned",
+            description="Left, the proxy of each step and of held-out vectors. Right, the largest entry of RᵀR − I, on "
+            "a logarithmic axis.",
+        )
+
+
+def _learning_figure(total, start):
+    with new_figure(height=400) as figure:
+        left, right = figure.subplots(1, 2, width_ratios=[1.4, 1])
+        most = 1.25 * start if math.isfinite(start) and start > 0 else 1
+        left.set(title="error that the proxy expects", xlabel="step", xlim=(0, total), ylim=(0, most))
+        loss = left.plot([], [], color=GREY, lw=1.2, animated=True, label="these vectors")[0]
+        held_out = left.plot([], [], "o-", color=BLUE, animated=True, label="held-out vectors")[0]
+        left.axhline(start, color=ORANGE, ls="--", label="start")
+        left.legend(loc="lower left")
+        right.set(title="largest entry of |RᵀR − I|", xlabel="step", xlim=(0, total), yscale="log",
+                  ylim=(_LEAST_ORTHOGONALITY, 1e-2))
+        orthogonality = right.plot([], [], color=BLACK, animated=True)[0]
+    return figure, SimpleNamespace(loss=loss, held_out=held_out, orthogonality=orthogonality)
+
+
+def _draw_learning(artists, history):
+    for name in ("loss", "held_out", "orthogonality"):
+        points = np.array([(record["step"], record[name]) for record in history if name in record]).reshape(-1, 2)
+        y = np.maximum(points[:, 1], _LEAST_ORTHOGONALITY)
+        getattr(artists, name).set_data(points[:, 0], y)

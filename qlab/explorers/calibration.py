@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 
 from qlab import calibration
 from qlab.affine import ErrorSplit, QParams, dequantize, range_params
+from qlab.explorers.parts import bits_slider, ratio_db
 from qlab.live import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, Explorer, new_figure
 
 _BINS = 360
@@ -84,7 +85,7 @@ def clipping(x, bits=4):
     controls = {
         "alpha": widgets.FloatSlider(-reach, min=-reach, max=0.0, description="α", **slider),
         "beta": widgets.FloatSlider(reach, min=0.0, max=reach, description="β", **slider),
-        "bits": _bits_slider(bits),
+        "bits": bits_slider(bits),
         "linked": widgets.Checkbox(True, description="linked: α = −β", indent=False, layout={"width": "150px"}),
         "log": widgets.Checkbox(True, description="log counts", indent=False, layout={"width": "120px"}),
         "view": widgets.ToggleButtons(options=["all", "crowd"], style={"button_width": "70px"}),
@@ -114,7 +115,7 @@ def clipping(x, bits=4):
         levels = dequantize(np.arange(params.qmin, params.qmax + 1), params)
         error = profile.split(alpha, beta, bits, symmetric=linked)
         return Clipping(
-            params, levels, alpha, beta, error, float(_sqnr_db(profile, error.total)),
+            params, levels, alpha, beta, error, float(ratio_db(_power(profile), error.total)),
             clipped=profile.share_outside(levels[0], levels[-1]),
             left=curve(None, None if linked else beta, bits),
             right=curve(None if linked else alpha, None, bits),
@@ -293,7 +294,7 @@ def drift(calibrated_on, new, bits=8):
     edges = limit * np.linspace(-1, 1, _BINS + 1)
 
     def sqnr(data, alpha, beta, bits):
-        return _sqnr_db(profiles[data], profiles[data].mse(alpha, beta, bits))
+        return ratio_db(_power(profiles[data]), profiles[data].mse(alpha, beta, bits))
 
     @lru_cache
     def static_curve(calibrator, bits, data):
@@ -324,7 +325,7 @@ def drift(calibrated_on, new, bits=8):
     controls = {
         "gain": widgets.FloatLogSlider(1.0, base=2, min=-2, max=2, step=0.05, description="gain",
                                        readout_format=".2f", layout={"width": "400px"}),
-        "bits": _bits_slider(bits),
+        "bits": bits_slider(bits),
         "calibrator": widgets.Dropdown(options=list(CALIBRATORS), description="calibrator", layout={"width": "220px"}),
         "data": widgets.ToggleButtons(options=["new", "calibration"], style={"button_width": "100px"}),
     }
@@ -370,18 +371,11 @@ def _draw_drift(artists, result):
     artists.dot.set_data([result.gain], [result.static_db])
 
 
-def _sqnr_db(profile, error):
-    with np.errstate(divide="ignore"):
-        return 10 * np.log10((profile.std**2 + profile.mean**2) / np.float64(error))
+def _power(profile):
+    return profile.std**2 + profile.mean**2
 
 
 def _two_verticals(axes):
     """The ends of the range: one artist, since each costs a quarter of a millisecond a step."""
     return axes.plot([0, 0, np.nan, 0, 0], [0, 1, np.nan, 0, 1], color=BLACK, lw=1.6, ls="--", animated=True,
                      transform=axes.get_xaxis_transform(), scalex=False, scaley=False)[0]
-
-
-def _bits_slider(bits):
-    if not isinstance(bits, (int, np.integer)) or not 2 <= bits <= 8:
-        raise ValueError(f"bits must be an integer from 2 to 8, got {bits!r}")
-    return widgets.IntSlider(bits, min=2, max=8, description="bits", layout={"width": "300px"})

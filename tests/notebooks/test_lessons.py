@@ -16,7 +16,7 @@ from qlab.affine import absmax_params, dequantize, quantize, zero_point_params
 from qlab.explorers import drift, mapping
 from qlab.floats import FP32, decode, encode, fields
 
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 SEVEN = np.float32([5.47, 3.08, -7.59, 0, -1.95, -4.57, 10.8])
 
 

@@ -23,10 +23,10 @@ from tqdm.auto import tqdm
 from qlab import digits, ptq
 from qlab import qat as quantizers
 from qlab.explorers import digits_ptq, networks, qat, training_run, watch
-from qlab.explorers.networks import LSQ, PACT
+from qlab.explorers.qat_figure import LSQ, PACT
 from qlab.live import VERMILION
 from qlab.training import Step, train
-from tests.explorer_checks import (
+from tests.explorers.checks import (
     assert_same_whichever_way,
     assert_sound,
     assert_words,
@@ -220,7 +220,7 @@ def test_what_lesson_04_says_of_digits_ptq(changes, accuracy):
     explorer = put("digits_ptq", changes)
     assert explorer.readout["accuracy"] == pytest.approx(accuracy, abs=0.33)  # an image, by sums in another order
     assert explorer.readout["worst_layer"] == "pointwise3"
-    said = (Path(__file__).parents[1] / "notebooks" / "04_ptq_and_qat.ipynb").read_text(encoding="utf-8")
+    said = (Path(__file__).parents[2] / "notebooks" / "04_ptq_and_qat.ipynb").read_text(encoding="utf-8")
     assert f"{accuracy} %" in said
 
 

@@ -14,7 +14,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from tests.slides import FULL, ideas, lines, mark, split
 
-LESSONS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+LESSONS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 ONLY_A_MODEL = re.compile(r"model not found|error displaying widget|loading widget", re.IGNORECASE)
 ANSWER = "<details><summary>Hint</summary>\n\nHalve it.\n</details>"
 SECTIONS = [

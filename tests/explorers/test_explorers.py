@@ -12,9 +12,9 @@ import qlab.explorers
 import qlab.live
 from qlab import affine, calibration, samples
 from qlab.explorers import clipping, drift, granularity, mapping
-from qlab.explorers.grids import DATA_CHIPS, SEVEN
-from qlab.explorers.ranges import CALIBRATORS
-from tests.explorer_checks import (
+from qlab.explorers.affine import DATA_CHIPS, SEVEN
+from qlab.explorers.calibration import CALIBRATORS
+from tests.explorers.checks import (
     assert_same_whichever_way,
     assert_sound,
     assert_words,

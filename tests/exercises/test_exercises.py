@@ -34,7 +34,7 @@ from qlab import (
 )
 from qlab.exercises import checking
 
-NOTEBOOKS = sorted(Path(__file__).parent.parent.joinpath("notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted(Path(__file__).parents[2].joinpath("notebooks").glob("*.ipynb"))
 
 
 SEVEN = [5.47, 3.08, -7.59, 0, -1.95, -4.57, 10.8]

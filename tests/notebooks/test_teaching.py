@@ -7,7 +7,7 @@ import nbformat
 
 from qlab import explorers, samples
 
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 LIVE = {  # lesson and variable: what makes the figure there
     ("01", "live"): lambda: explorers.float_bits(-118.625),
     ("02", "live"): lambda: explorers.mapping([5.47, 3.08, -7.59, 0, -1.95, -4.57, 10.8]),

@@ -11,10 +11,10 @@ from torch import nn
 
 from qlab import samples
 from qlab.explorers import activations, landscape, outliers, rotation, smoothing
-from qlab.explorers.activations import CLIP, FLOAT, KEEP, THRESHOLDS, ZERO
+from qlab.explorers.outliers_figure import CLIP, FLOAT, KEEP, THRESHOLDS, ZERO
 from qlab.live import GREY, VERMILION
 from qlab.outliers import GRANULARITIES
-from tests.explorer_checks import (
+from tests.explorers.checks import (
     assert_compute_draws_nothing,
     assert_pairs_meet,
     assert_refuses,

@@ -20,7 +20,7 @@ from qlab.affine import (
     real_array,
     zero_point_params,
 )
-from qlab.explorers.ranges import _bits_slider
+from qlab.explorers.parts import bits_slider, paths, ratio_db
 from qlab.live import BLACK, BLUE, GREEN, GREY, ORANGE, VERMILION, Explorer, new_figure
 
 SEVEN = (5.47, 3.08, -7.59, 0, -1.95, -4.57, 10.8)  # the lecture notes' numbers
@@ -130,7 +130,7 @@ def mapping(x=SEVEN, bits=8):
         "data": widgets.Text(name, description="data", continuous_update=False, style={"description_width": "34px"},
                              layout={"width": "480px"}),
         "scheme": widgets.ToggleButtons(options=[ABSMAX, ZERO_POINT, FREE], style={"button_width": "96px"}),
-        "bits": _bits_slider(bits),
+        "bits": bits_slider(bits),
         "alpha": widgets.FloatSlider(description="α", **slider, **_limits(given)),
         "beta": widgets.FloatSlider(description="β", **slider, **_limits(given)),
         "narrow": widgets.Checkbox(False, indent=False, layout={"width": "140px"}, **_narrow(ABSMAX)),
@@ -144,7 +144,7 @@ def mapping(x=SEVEN, bits=8):
         x, x_hat = values.x, fake_quantize(values.x, params)
         error = float(mse(x, x_hat))
         clipped = int(np.count_nonzero(_is_clipped((x - x_hat) / params.scale)))
-        return Mapping(values, params, error, _sqnr_db(np.mean(np.square(x, dtype=np.float64)), error), clipped)
+        return Mapping(values, params, error, float(ratio_db(np.mean(np.square(x, dtype=np.float64)), error)), clipped)
 
     def read(result):
         params, x = result.params, result.values.x
@@ -311,7 +311,7 @@ def _draw_mapping(artists, result):
     levels, few = dequantize(codes, params), codes.size <= 2**_FEW_BITS
     joined = [levels, levels, place(codes)], [1, _LEVEL, 0]
     apart = [levels, levels, np.nan, place(codes), place(codes)], [1, _LEVEL, np.nan, 0.08, 0]
-    artists.levels.set_data(*_paths(*(joined if few else apart)))
+    artists.levels.set_data(*paths(*(joined if few else apart)))
     labels = codes.tolist() if few else [params.qmin, params.qmax]
     for artist, code in zip(artists.codes, labels, strict=False):
         artist.set(text=_signed(code), x=place(code), visible=True)
@@ -324,32 +324,21 @@ def _draw_mapping(artists, result):
     x, x_hat, q = values.threads, fake_quantize(values.threads, params), place(quantize(values.threads, params))
     clipped = _is_clipped((x - x_hat) / params.scale)
     for line, some in ((artists.threads, ~clipped), (artists.cut, clipped)):
-        line.set_data(*_paths([x[some], x_hat[some], q[some]], [1, _LEVEL, 0]))
+        line.set_data(*paths([x[some], x_hat[some], q[some]], [1, _LEVEL, 0]))
     artists.landed.set_data(q, np.zeros(q.size))
 
     half = params.scale / 2
     starts, stops = np.append(-values.limit, levels[1:] - half), np.append(levels[:-1] + half, values.limit)
-    artists.sawtooth.set_data(*_paths([starts, stops], [(starts - levels) / (2 * half), (stops - levels) / (2 * half)]))
+    artists.sawtooth.set_data(*paths([starts, stops], [(starts - levels) / (2 * half), (stops - levels) / (2 * half)]))
     artists.sawtooth.set_visible(few)
     x = values.points
     steps = (x - fake_quantize(x, params)) / params.scale
     clipped = _is_clipped(steps)
     stems = ~clipped if x.size <= _MOST_THREADS else np.zeros(x.size, bool)
-    artists.stems.set_data(*_paths([x[stems], x[stems]], [0, steps[stems]]))
+    artists.stems.set_data(*paths([x[stems], x[stems]], [0, steps[stems]]))
     artists.errors.set_data(x[~clipped], steps[~clipped])
     for line, some in ((artists.over, clipped & (steps > 0)), (artists.under, clipped & (steps < 0))):
         line.set_data(x[some], np.clip(steps[some], -_EDGE, _EDGE))
-
-
-def _paths(xs, ys):
-    """Lines through (xs[0], ys[0]), (xs[1], ys[1]), … as the data of one artist, with gaps between them."""
-    width = max(np.size(x) for x in xs)
-    rows = [np.vstack([np.broadcast_to(v, width) for v in [*line, np.nan]]) for line in (xs, ys)]
-    return [row.T.ravel() for row in rows]
-
-
-def _sqnr_db(power, error):
-    return float(10 * np.log10(power / error)) if error else np.inf
 
 
 def _signed(code):
@@ -435,7 +424,7 @@ def granularity(w, bits=4):
     def bits_and_db(size, bits, scheme):
         bits_per_scale = 16 + (bits if scheme == ZERO_POINT else 0)
         error = quantized(size, bits, scheme).mean()
-        return bits + bits_per_scale / size, _sqnr_db(power, error)
+        return bits + bits_per_scale / size, float(ratio_db(power, error))
 
     def compute(*, per, group_size, bits, scheme):
         sizes = {"tensor": w.size, "channel": w.shape[1], "group": group_size}
@@ -461,7 +450,7 @@ def granularity(w, bits=4):
         "per": widgets.ToggleButtons(options=list(_LOOKS), style={"button_width": "80px"}),
         "group_size": widgets.SelectionSlider(options=sizes, value=32 if 32 in sizes else sizes[0], disabled=True,
                                               description="group of", layout={"width": "260px"}),
-        "bits": _bits_slider(bits),
+        "bits": bits_slider(bits),
         "scheme": widgets.ToggleButtons(options=[ABSMAX, ZERO_POINT], style={"button_width": "96px"}),
     }
 

@@ -12,7 +12,7 @@ from matplotlib.colors import to_rgba
 
 from qlab import samples
 from qlab.explorers import rotation, rotation_2d, rotations
-from qlab.explorers.rotations import (
+from qlab.explorers.spinquant import (
     DIAGONAL,
     HADAMARD,
     NO_AXIS,
@@ -23,7 +23,7 @@ from qlab.explorers.rotations import (
 )
 from qlab.live import GREY, VERMILION
 from qlab.spinquant import hadamard, random_hadamard, random_orthogonal
-from tests.explorer_checks import (
+from tests.explorers.checks import (
     assert_compute_draws_nothing,
     assert_pairs_meet,
     assert_refuses,

@@ -11,7 +11,7 @@ from qlab import samples
 from qlab.explorers import smoothing, watch_rotation
 from qlab.explorers.smoothquant import ALPHAS, OFF, PRINTED, RIGHT, TENSOR, VECTOR
 from qlab.spinquant import ProxyInputs, learn_rotation, proxy_loss
-from tests.explorer_checks import (
+from tests.explorers.checks import (
     assert_compute_draws_nothing,
     assert_pairs_meet,
     assert_refuses,

@@ -1,4 +1,7 @@
-"""Lessons 05 and 06: what outliers in the activations of a language model do to a grid."""
+"""Lesson 05: what outliers in the activations of a language model do to a grid.
+
+(As ``outliers.py`` this file would hide the figure's own name.)
+"""
 
 from dataclasses import dataclass
 from functools import partial
@@ -9,17 +12,14 @@ import matplotlib
 import numpy as np
 import torch
 
-from qlab import samples
-from qlab.affine import fake_quantize, real_array, sqnr_db
-from qlab.explorers.grids import _paths
-from qlab.explorers.ranges import _bits_slider
+from qlab.affine import fake_quantize, sqnr_db
+from qlab.explorers.parts import bits_slider, paths
+from qlab.explorers.places import checked_places, group_size, place_control, place_params
 from qlab.live import BLACK, BLUE, GREY, ON_GREY, ORANGE, VERMILION, Explorer, new_figure
-from qlab.outliers import GRANULARITIES, params_of
+from qlab.outliers import GRANULARITIES
 
 KEEP, CLIP, ZERO, FLOAT = "keep", "clip", "zero", "in float"
 THRESHOLDS = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-GROUP_SIZE = 64
-SITE_NAMES = {"attn_in": "attention input", "o_in": "input of o", "mlp_in": "MLP input", "down_in": "input of down"}
 _LEAST, _MOST = 0.03, 300.0  # percent: ends of the axis of the output error
 _MOST_COLUMNS = 800  # of the heat map
 _MOST_RIDGES = 200  # of the surface
@@ -56,7 +56,7 @@ def landscape(places=None):
     >>> explorer.readout["largest"], explorer.readout["at_channel"]
     (9.90625, 247)
     """
-    places = _checked(places)
+    places = checked_places(places)
 
     def compute(*, place):
         x = places[place][0].abs()
@@ -88,7 +88,7 @@ def landscape(places=None):
         axes.set(xlim=(0, result.channels[-1]), ylim=(0, result.tokens[-1]), zlim=(0, 1.05 * result.largest))
 
     return Explorer(
-        figure, {"place": _place_control(places)}, compute, draw, read,
+        figure, {"place": place_control(places)}, compute, draw, read,
         title="Activations as a surface",
         description="The magnitude of each activation as a height over tokens and channels. An outlier channel is a "
         "ridge that runs along all tokens; a massive activation is a single needle.",
@@ -150,7 +150,7 @@ def outliers(places=None, bits=8):
     4.7
     >>> explorer.set(granularity="token")
     """
-    places = _checked(places)
+    places = checked_places(places)
     outputs = {place: x @ w.T for place, (x, w) in places.items()}
 
     def treated(x, treatment, threshold):
@@ -170,7 +170,7 @@ def outliers(places=None, bits=8):
         small, finish, touched = treated(x, treatment, threshold)
         error = {}
         for each in GRANULARITIES:
-            each_params = _params(small, each, bits)
+            each_params = place_params(small, each, bits)
             x_hat = finish(fake_quantize(small, each_params))
             of_tokens = (100 * (x_hat @ w.T - output).norm(dim=1) / output.norm(dim=1))[output.any(1)]
             error[each] = of_tokens.mean().item(), of_tokens.max().item()
@@ -178,7 +178,7 @@ def outliers(places=None, bits=8):
                 params, chosen = each_params, x_hat
         steps = params.scale.expand(1, 1) if granularity == "tensor" else (
             params.scale[:, None] if granularity == "token" else params.scale[None] if granularity == "channel"
-            else params.scale.repeat_interleave(_group_size(x), 1))
+            else params.scale.repeat_interleave(group_size(x), 1))
         steps = steps.expand_as(x)
         half = [torch.where(small.any(0), ends / 2, torch.nan).numpy() for ends in (steps.amin(0), steps.amax(0))]
         in_float = touched.all(0) if treatment == FLOAT else torch.zeros(x.shape[1], dtype=torch.bool)
@@ -203,9 +203,9 @@ def outliers(places=None, bits=8):
         }
 
     controls = {
-        "place": _place_control(places),
+        "place": place_control(places),
         "granularity": widgets.ToggleButtons(options=list(GRANULARITIES), style={"button_width": "72px"}),
-        "bits": _bits_slider(bits),
+        "bits": bits_slider(bits),
         "treatment": widgets.ToggleButtons(options=[KEEP, CLIP, ZERO, FLOAT], style={"button_width": "72px"}),
         "threshold": widgets.SelectionSlider(options=THRESHOLDS, value=6, description="at |x| ≥", disabled=True,
                                              layout={"width": "300px"}),
@@ -223,48 +223,6 @@ def outliers(places=None, bits=8):
         "a logarithmic axis, with half a step of its grid: smaller values become 0. Right, bars with the error of the "
         "layer's output for one scale per tensor, token, channel and group.",
     )
-
-
-def _checked(places):
-    """The places, by default those that ship, as pairs of float32 tensors."""
-    try:
-        pairs = {(layer, site): (x, w) for (layer, site), (x, w) in (places or {}).items()}
-    except (AttributeError, TypeError, ValueError):
-        raise ValueError(f"places must be a dict of (layer, site) to pair (x, w), got {places!r:.80}") from None
-    if places is not None and not pairs:
-        raise ValueError("places must hold at least one pair (x, w), got none")
-    return {place: _pair(place, *pair) for place, pair in (pairs or samples.products()).items()}
-
-
-def _place_control(places):
-    return widgets.Dropdown(options=[(_name(place), place) for place in places], description="place",
-                            style={"description_width": "40px"}, layout={"width": "290px"})
-
-
-def _pair(place, x, w):
-    """Both as float32 tensors of two dimensions that fit together."""
-    x, w = (torch.asarray(real_array(a, name), dtype=torch.float32, copy=True, requires_grad=False)
-            for a, name in ((x, "x"), (w, "w")))
-    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
-        raise ValueError(f"places must hold x (tokens, channels) and w (outputs, channels) with as many channels, "
-                         f"got {tuple(x.shape)} and {tuple(w.shape)} at {place}")
-    if not 0 < (largest := (x @ w.T).abs().max()) < torch.inf:
-        raise ValueError(f"places must hold x and w with a product x wᵀ that is finite and not all 0, "
-                         f"got one of at most {largest} at {place}")
-    return x, w
-
-
-def _group_size(x):
-    return GROUP_SIZE if x.shape[1] % GROUP_SIZE == 0 else x.shape[1]
-
-
-def _params(x, granularity, bits):
-    return params_of(x, granularity, bits, group_size=_group_size(x))
-
-
-def _name(place):
-    layer, site = place
-    return f"layer {layer}, {SITE_NAMES.get(site, site)}"
 
 
 def _outliers_figure():
@@ -306,7 +264,7 @@ def _draw_outliers(artists, places, result):
         peaks, typical = sizes.max(0), np.median(sizes, axis=0)
         columns = np.arange(channels) + 0.5
         low = max(np.median(typical) / 30, peaks.max() * 1e-6)
-        artists.peaks.set_data(*_paths([columns, columns], [np.full(channels, low), peaks]))
+        artists.peaks.set_data(*paths([columns, columns], [np.full(channels, low), peaks]))
         artists.typical.set_data(columns, typical)
         artists.profile.set(xlim=(0, channels), ylim=(low, 3 * peaks.max()))
         artists.image.set_extent((0, channels, tokens, 0))

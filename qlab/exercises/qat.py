@@ -1,0 +1,99 @@
+"""Checks of lesson 04: the straight-through estimator."""
+
+from functools import partial
+
+import numpy as np
+
+from qlab import samples
+from qlab.exercises.checking import Case, check, recorded
+
+
+@recorded
+def check_straight_through(function):
+    """Check ``function(x, s, qmin, qmax)``, which returns x̂ = s · clip(rint(x / s), qmin, qmax) for a torch tensor x.
+
+    The gradient of sum(x̂) with respect to x shall be 1 for x / s inside [qmin, qmax] and 0 outside. Nothing is asked
+    between an end of the range and half a step beyond: there, the gradient depends on which comes first, clip or rint.
+
+    References
+    ----------
+    Bengio et al. 2013, "Estimating or propagating gradients through stochastic neurons for conditional computation".
+
+    Examples
+    --------
+    >>> def straight_through(x, s, qmin, qmax):
+    ...     u = (x / s).clamp(qmin, qmax)
+    ...     return s * (u + (u.round() - u).detach())
+    >>> check_straight_through(straight_through)
+    ✓ Right: the values and the gradients, on the tiny case and on real activations.
+    """
+
+    def right(asked, x, s, qmin, qmax):
+        u = x / s
+        return s * np.clip(np.rint(u), qmin, qmax) if asked == "x̂" else np.where((qmin <= u) & (u <= qmax), 1.0, 0.0)
+
+    def quantized(x, s, qmin, qmax):
+        return s * (x / s).round().clamp(qmin, qmax)
+
+    def inverse_gradient(x, s, qmin, qmax):
+        u = (x / s).clamp(qmin, qmax)
+        return u + (s * u.round() - u).detach()
+
+    misconceptions = [  # those of the gradient first: some of the others have a wrong gradient as well
+        (quantized,
+         "The values are right, but no gradient arrives. Rounding is a staircase, flat almost everywhere, and its "
+         "derivative is 0: no weight before it would ever learn. Give it the gradient of the identity: "
+         "u + (u.round() − u).detach()."),
+        (lambda *arguments: quantized(*arguments).detach(),
+         "The values are right, but x̂ does not depend on x any more: all of it went through detach(), no_grad() or "
+         "NumPy, and backward() finds no way to it. Detach only what rounding adds: u + (u.round() − u).detach()."),
+        (lambda x, s, qmin, qmax: x + (quantized(x, s, qmin, qmax) - x).detach(),
+         "The gradient is 1 outside of the range, too: the clip is inside of detach(). This straight-through estimator "
+         "is in use as well, but the clip is never felt: a value can run away beyond the end, and x̂ does not change. "
+         "Go straight through the rounding alone, and leave the clip to autograd."),
+        (inverse_gradient,
+         "The gradient is 1 / s inside. x was divided by s, so the way back must multiply by s, outside of detach(), "
+         "and the two cancel."),
+        (lambda x, s, qmin, qmax: (x / s).round().clamp(qmin, qmax),
+         "These are the integer codes q. Multiply by s again: x̂ = s · q."),
+        (lambda x, s, qmin, qmax: s * (x / s).round(),
+         "Nothing is clipped here: a value outside the range gets the nearest end of it."),
+        (lambda x, s, qmin, qmax: s * (x / s).clamp(qmin, qmax),
+         "This is clipped but not rounded. The straight-through estimator changes the way back only; on the way "
+         "forward the values are rounded."),
+        (lambda x, s, qmin, qmax: s * ((x / s).sign() * ((x / s).abs() + 0.5).floor()).clamp(qmin, qmax),
+         "A half goes away from 0 here, as at school: 0.5 → 1, −0.5 → −1. Quantizers round half to even, as "
+         "torch.round does: 0.5 → 0, 1.5 → 2, 2.5 → 2."),
+        (lambda x, s, qmin, qmax: s * (x / s + 0.5).floor().clamp(qmin, qmax),
+         "A half goes up here: 0.5 → 1, −0.5 → 0. Quantizers round half to even, as torch.round does: 0.5 → 0, "
+         "1.5 → 2, 2.5 → 2."),
+    ]
+    tiny = np.array([-3, -0.75, -0.25, 0.2, 0.25, 0.75, 1.2, 9])
+    real = samples.load("activations").ravel()
+    beyond = np.abs(real.astype(np.float64) / 0.11 + 0.5) - 7.5  # steps outside of −8 … 7
+    real = real[(beyond < 0) | (beyond > 0.5)]
+    cases = [
+        Case(f"{asked} where {written}", (asked, x, s, *limits), right(asked, x.astype(np.float64), s, *limits))
+        for written, x, s, *limits in [
+            (f"x = {tiny.tolist()}, s = 0.5, qmin = -4, qmax = 3", tiny, 0.5, -4, 3),
+            (f"x holds {len(real):,} real activations, s = 0.11, qmin = -8, qmax = 7", real, 0.11, -8, 7)]
+        for asked in ("x̂", "the gradient of sum(x̂) with respect to x")
+    ]
+    return check(partial(_values_or_gradient, function), cases,
+                 [(partial(_values_or_gradient, idea), hint) for idea, hint in misconceptions],
+                 "Right: the values and the gradients, on the tiny case and on real activations.")
+
+
+def _values_or_gradient(function, asked, x, *arguments):
+    """The function's values, if x̂ is asked, or else the gradient of their sum: a list, or a text if there is none."""
+    import torch  # noqa: PLC0415 - the lessons before this one do without it
+
+    x = torch.tensor(x, dtype=torch.float32, requires_grad=True)
+    with torch.enable_grad():
+        answer = function(x, *arguments)
+        if asked == "x̂":
+            return answer.tolist() if isinstance(answer, torch.Tensor) else answer
+        if not isinstance(answer, torch.Tensor) or not answer.requires_grad:
+            return "no gradient"
+        gradient, = torch.autograd.grad(answer.sum(), x, allow_unused=True)
+    return "no gradient" if gradient is None else gradient.tolist()

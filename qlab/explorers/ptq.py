@@ -1,0 +1,256 @@
+"""Lesson 04: what fewer bits leave of a network."""
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from types import SimpleNamespace
+
+import ipywidgets as widgets
+import numpy as np
+import torch
+from matplotlib.collections import LineCollection
+
+from qlab import digits, ptq
+from qlab.affine import zero_point_params
+from qlab.live import BLACK, BLUE, SKY, VERMILION, Explorer, new_figure
+
+_CALIBRATION_IMAGES = 256
+_PIXELS = 0.0, 1.0  # the range of the first layer's inputs is known, and not left to a calibrator
+_FLOAT_BYTES = 4
+_ROWS, _COLUMNS, _CELL = 3, 4, 11  # of the pictures of broken digits; the side of a cell in their pixels
+_DECIBELS = -10, 54
+
+
+@dataclass(frozen=True)
+class DigitsPTQ:
+    """What `digits_ptq` shows for one position of its controls."""
+
+    accuracy: float  # percent
+    broken: list  # test images that float reads right and the quantized network wrong: (index, label, reading)
+    mended: int  # and the other way round
+    most_confused: str  # "8 read as 1, 12 times"
+    sqnr_db: dict  # of each layer's output
+    size_kb: float
+
+    @property
+    def worst_layer(self):
+        return min(self.sqnr_db, key=self.sqnr_db.get)
+
+
+@contextmanager
+def _one_thread():
+    """Inside, torch computes on one thread: on layers this small, threads wait for each other longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
+def digits_ptq():
+    """Explore what post-training quantization leaves of a network that reads handwritten digits.
+
+    The trained network of `qlab.digits`, its batch norm folded, is calibrated on the first 256 training images in
+    batches of 64 and judged on the 360 test images. Left, the share that is read right, and the signal-to-noise ratio
+    of each layer's output, before its activation function, against the float network's: the errors of all layers
+    before it count too. Right, up to 12 of the digits that broke: float reads them right, the quantized network not.
+
+    A step computes on one thread, and restores torch's setting: two threads that wait for each other can take ten times
+    as long. The first step with "MSE" or "KL" and a number of bits searches for the ranges, which takes longer.
+
+    Returns
+    -------
+    Explorer
+        Controls ``weight_bits`` and ``activation_bits`` (2 to 8), ``calibrator`` (a key of `qlab.ptq.CALIBRATORS`;
+        of no use with dynamic quantization), ``weights`` ("per tensor" or "per channel": what shares a scale),
+        ``weight_range`` ("min-max" or "MSE") and ``mode`` ("static", or "dynamic": each layer takes the range of the
+        360 images at hand). With static ranges, the first layer's input has that of the pixels, 0 to 1, whatever the
+        calibrator. ``accuracy`` is ``float_accuracy`` less the ``broken`` images plus the ``mended`` ones.
+        ``most_confused`` is the quantized network's most frequent wrong reading; of equally frequent ones, that of the
+        smallest digit, then the smallest reading.
+        ``size_kb`` counts ``weight_bits`` for each weight, and 4 bytes for each scale of the weights and each bias,
+        in units of 1000 bytes.
+
+    References
+    ----------
+    Nagel et al. 2021, "A white paper on neural network quantization", section 3; Krishnamoorthi 2018, "Quantizing
+    deep convolutional networks for efficient inference", section 3.
+
+    Examples
+    --------
+    >>> explorer = digits_ptq()
+    >>> explorer.set(weight_bits=3, activation_bits=3)
+    >>> explorer.readout["accuracy"] < 65
+    True
+    >>> explorer.set(weights="per channel", weight_range="MSE", calibrator="MSE")
+    >>> explorer.readout["accuracy"] > 80
+    True
+    """
+    data = digits.data()
+    images, labels = data.test_images, data.test_labels
+    model = ptq.fold_batch_norm(digits.load())
+    layers = ptq.layers(model)
+    (first, *_), (*_, last) = layers, layers
+    observed = ptq.observe(model, data.train_images[:_CALIBRATION_IMAGES])
+    exact = _outputs(model, layers, images)
+    float_right = exact[last].argmax(1) == labels
+    float_accuracy = 100 * float_right.double().mean().item()
+    signal = {name: x.square().sum() for name, x in exact.items()}
+    weight_count, bias_count = (sum(getattr(layer, kind).numel() for layer in layers.values())
+                                for kind in ("weight", "bias"))
+
+    @lru_cache
+    def ranges(calibrator, bits):
+        return ptq.calibrate(observed, bits, calibrator) | {first: _PIXELS}
+
+    @lru_cache
+    def with_quantized_weights(bits, weights, weight_range):
+        return ptq.quantize_static(model, {}, weight_bits=bits, activation_bits=None,
+                                   per_channel=weights == "per channel", weight_range=weight_range)
+
+    @lru_cache(maxsize=1024)
+    @_one_thread()
+    def compute(*, weight_bits, activation_bits, calibrator, weights, weight_range, mode):
+        quantized = with_quantized_weights(weight_bits, weights, weight_range)
+        quantized_layers = {name: quantized.get_submodule(name) for name in layers}
+        for name, layer in quantized_layers.items():
+            if mode == "dynamic":
+                layer.input_params, layer.dynamic_bits = None, activation_bits
+            else:
+                ends = torch.tensor(ranges(calibrator, activation_bits)[name])
+                layer.input_params, layer.dynamic_bits = zero_point_params(ends, activation_bits), None
+        outputs = _outputs(quantized, quantized_layers, images)
+        readings = outputs[last].argmax(1)
+        right = readings == labels
+        broken = (float_right & ~right).nonzero().flatten().tolist()
+        noise = {name: (x - outputs[name]).square().sum() for name, x in exact.items()}
+        scale_count = sum(layer.weight_params.scale.numel() for layer in quantized_layers.values())
+        return DigitsPTQ(
+            100 * right.double().mean().item(), [(i, int(labels[i]), int(readings[i])) for i in broken],
+            int((right & ~float_right).sum()), _most_confused(labels, readings),
+            {name: 10 * math.log10(signal[name] / noise[name]) for name in layers},
+            (weight_count * weight_bits / 8 + (scale_count + bias_count) * _FLOAT_BYTES) / 1000,
+        )
+
+    def read(result):
+        return {
+            "accuracy": result.accuracy,
+            "float_accuracy": float_accuracy,
+            "broken": len(result.broken),
+            "mended": result.mended,
+            "most_confused": result.most_confused,
+            "worst_layer": result.worst_layer,
+            "worst_sqnr_db": result.sqnr_db[result.worst_layer],
+            "size_kb": result.size_kb,
+        }
+
+    def couple(name, state):
+        return {"calibrator": {"disabled": state["mode"] == "dynamic"}} if name == "mode" else {}
+
+    bits = {"min": 2, "max": 8, "style": {"description_width": "100px"}, "layout": {"width": "320px"}}
+    toggle = {"style": {"button_width": "100px"}}
+    controls = {
+        "weight_bits": widgets.IntSlider(8, description="weight bits", **bits),
+        "activation_bits": widgets.IntSlider(8, description="activation bits", **bits),
+        "calibrator": widgets.Dropdown(options=list(ptq.CALIBRATORS), description="calibrator",
+                                       style={"description_width": "70px"}, layout={"width": "190px"}),
+        "weights": widgets.ToggleButtons(options=["per tensor", "per channel"], **toggle),
+        "weight_range": widgets.ToggleButtons(options=["min-max", "MSE"], **toggle),
+        "mode": widgets.ToggleButtons(options=["static", "dynamic"], **toggle),
+    }
+    figure, artists = _digits_figure(images, layers, float_accuracy, (weight_count + bias_count) * _FLOAT_BYTES / 1000)
+    return Explorer(
+        figure, controls, compute, partial(_draw_digits, artists), read, couple=couple, arrange=_in_two_rows,
+        title="Fewer bits for a network that reads digits",
+        description="Left: a bar for the share of test images read right, with marks for the float network and for "
+        "guessing, and below it a bar for the signal-to-noise ratio of each layer's output. Right: pictures of "
+        "digits that float reads right and the quantized network wrong, each with its label and what is read now.",
+    )
+
+
+def _most_confused(labels, readings):
+    wrong = labels != readings
+    counts = torch.bincount(10 * labels[wrong] + readings[wrong], minlength=100)
+    (label, reading), times = divmod(int(counts.argmax()), 10), int(counts.max())
+    return f"{label} read as {reading}, {times} time{'s' * (times > 1)}" if times else "none"
+
+
+def _outputs(model, named_layers, images):
+    """What each layer puts out for the images."""
+    records = ptq._record(model, named_layers, images, None, lambda inputs, output: output)
+    return {name: output for name, (output,) in records.items()}
+
+
+def _in_two_rows(controls, chips):
+    row = {"flex_flow": "row wrap", "align_items": "center"}
+    label = {"layout": {"margin": "2px 4px 2px 20px"}}
+    above = [controls[name] for name in ("weight_bits", "activation_bits", "calibrator")]
+    below = [widgets.Label("weights", **label), controls["weights"], controls["weight_range"],
+             widgets.Label("activations", **label), controls["mode"]]
+    return widgets.VBox([widgets.HBox(some, layout=row) for some in (above, below)])
+
+
+def _digits_figure(images, layers, float_accuracy, float_kb):
+    with new_figure() as figure:
+        grid = figure.add_gridspec(2, 2, width_ratios=[1, 1.05], height_ratios=[0.42, 1])
+        strip, bars, pictures = (figure.add_subplot(part) for part in (grid[0, 0], grid[1, 0], grid[:, 1]))
+        strip.set(xlim=(0, 100), ylim=(0, 2), yticks=[])
+        strip.set_xticks([0, 10, 50, float_accuracy], ["0", "10\nguessing", "50", f"{float_accuracy:.1f} %\nfloat"])
+        strip.spines[["left", "bottom"]].set_visible(False)
+        strip.tick_params(length=0)
+        strip.axhspan(0.15, 0.85, color="#E4E4E4", lw=0)
+        share = strip.barh(0.5, 0, height=0.7, color=BLUE, animated=True)[0]
+        for mark in (10, float_accuracy):
+            strip.plot([mark, mark], [0, 1], color=BLACK, lw=2, ls=":" if mark == 10 else "-", zorder=5, animated=True)
+        accuracy = strip.text(0, 1.25, "", fontsize=20, fontweight="bold", animated=True)
+        size = strip.text(102, 1.25, "", ha="right", animated=True)
+
+        bars.set(xlim=_DECIBELS, ylim=(len(layers) - 0.4, -0.6), xlabel="SQNR of the layer's output (dB)")
+        bars.set_yticks(range(len(layers)), list(layers))
+        bars.tick_params(axis="y", length=0)
+        bars.spines["left"].set_visible(False)
+        bars.axvline(0, color=BLACK, lw=1)
+        ratios = LineCollection([], linewidths=14, capstyle="butt", animated=True)
+        bars.add_collection(ratios, autolim=False)
+        decibels = [bars.text(0, row, "", va="center_baseline", fontsize=13, animated=True)
+                    for row in range(len(layers))]
+
+        pictures.set_axis_off()
+        broken = pictures.text(1, -3.0, "", fontsize=16, fontweight="bold", animated=True)
+        pictures.text(1, -0.7, "label → what is read now")
+        mosaic = pictures.imshow(np.zeros((1, 1, 4), np.uint8), interpolation="nearest", animated=True,
+                                 extent=(0, _COLUMNS * _CELL, _ROWS * _CELL, 0))
+        pictures.set(xlim=(0, _COLUMNS * _CELL), ylim=(_ROWS * _CELL, -4.5))  # room for two lines above
+        names = [pictures.text(_CELL * (i % _COLUMNS) + 5, _CELL * (i // _COLUMNS) + 8.3, "", ha="center", va="top",
+                               fontsize=15, animated=True) for i in range(_ROWS * _COLUMNS)]
+    ink = (240 * (1 - images[:, 0])).round().to(torch.uint8).numpy()
+    return figure, SimpleNamespace(share=share, accuracy=accuracy, size=size, float_kb=float_kb, ratios=ratios,
+                                   decibels=decibels, broken=broken, mosaic=mosaic, names=names, ink=ink)
+
+
+def _draw_digits(artists, result):
+    artists.share.set_width(result.accuracy)
+    artists.accuracy.set_text(f"{result.accuracy:.1f} % right")
+    artists.size.set_text(f"{result.size_kb:.1f} of {artists.float_kb:.1f} kB")
+    artists.ratios.set_segments([[(0, row), (db, row)] for row, db in enumerate(result.sqnr_db.values())])
+    artists.ratios.set_color([VERMILION if name == result.worst_layer else SKY for name in result.sqnr_db])
+    for text, (name, db) in zip(artists.decibels, result.sqnr_db.items(), strict=True):
+        text.set(x=max(db, 0) + 0.8, text=f"{db:.1f}{'  worst' if name == result.worst_layer else ''}"
+                 .replace("-", "−"))
+
+    shown = result.broken[: len(artists.names)]
+    mosaic = np.zeros((_ROWS * _CELL, _COLUMNS * _CELL, 4), np.uint8)
+    for place, (image, _, _) in enumerate(shown):
+        row, column = _CELL * (place // _COLUMNS), _CELL * (place % _COLUMNS) + 1
+        mosaic[row:row + 8, column:column + 8] = 255
+        mosaic[row:row + 8, column:column + 8, :3] = artists.ink[image, :, :, None]
+    artists.mosaic.set_data(mosaic)
+    for i, text in enumerate(artists.names):
+        text.set_visible(i < len(shown))
+        if i < len(shown):
+            text.set_text("{1} → {2}".format(*shown[i]))
+    some = f", {len(shown)} of them:" if len(result.broken) > len(shown) else ""
+    artists.broken.set_text(f"Broken digits: {len(result.broken)}{some}")
