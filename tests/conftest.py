@@ -1,6 +1,10 @@
 """What all tests share."""
 
+import re
+from pathlib import Path
+
 import hypothesis
+import nbformat
 import pytest
 import torch
 
@@ -16,3 +20,24 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+class StatedMemory:
+    """Each lesson says how much memory it takes: the kernel that nbval ran it in is asked after the last cell."""
+
+    @staticmethod
+    def pytest_runtest_teardown(item, nextitem):
+        notebook = item.parent
+        if not hasattr(notebook, "kernel") or (nextitem and nextitem.parent is notebook):
+            return
+        status = Path(f"/proc/{notebook.kernel.km.provisioner.pid}/status")
+        if not status.exists():  # only Linux keeps a peak
+            return
+        peak = int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) // 1024
+        prose = " ".join(cell.source for cell in nbformat.read(notebook.path, as_version=4).cells).replace("\n", " ")
+        stated = int(re.search(r"less than (\d+) MB of memory", prose)[1])
+        assert peak < stated, f"{notebook.path.name} takes {peak} MB, and says less than {stated}"
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(StatedMemory())
