@@ -1,10 +1,12 @@
-"""What holds for the project as a whole: requirements, light imports, floors, no machine's paths."""
+"""What holds for the project as a whole: requirements, light imports, floors, no unused name, no machine's paths."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,33 +21,63 @@ CONDA_NAMES = {  # where they differ from PyPI's
 FLOORS = {
     "floats": 1, "affine": 1, "samples": 1,
     "calibration": 2,
-    "training": 3, "ptq": 3, "qat": 3, "integer": 3, "smollm": 3, "outliers": 3, "smoothquant": 3, "spinquant": 3,
-    "digits": 4, "qat_study": 4, "spinquant_study": 4,
+    "training": 3, "ptq": 3, "qat": 3, "integer": 3,
+    "fetching": 3, "smollm": 3, "outliers": 3, "smoothquant": 3, "spinquant": 3,
+    "digits": 4, "studies": 4,
     "live": 5, "explorers": 5, "exercises": 5,
-    "samples.extract": 5,  # a script: it makes the samples out of the model
 }
+OF_OTHERS = {"extra_repr"}  # names that another library calls
+TEST_AND_CLASS = {"nbval"}  # of the extra "test": what a class runs, too
 SOURCES = sorted((ROOT / "qlab").rglob("*.py"))
 MACHINE_PATH = re.compile(r"(?<![\w.~:/)}>*$-])/(?:work|root|tmp|home|Users|mnt|opt)/\w|\b[A-Z]:\\Users")
 
 
 def pypi_requirements():
-    """Conda's name: version limits, out of pyproject.toml."""
+    """Conda's name: version limits, of what pyproject.toml asks for from everybody, and of what a class runs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    listed = project["dependencies"] + project["optional-dependencies"]["test"]
-    wanted = [Requirement(line) for line in (*listed, f"python{project['requires-python']}")]
+    tests = [line for line in project["optional-dependencies"]["test"] if Requirement(line).name in TEST_AND_CLASS]
+    wanted = [Requirement(line) for line in (*project["dependencies"], *tests, f"python{project['requires-python']}")]
     return {CONDA_NAMES.get(r.name, r.name): r.specifier for r in wanted}
 
 
 def conda_requirements(environment):
-    """Name: version limits, of packages from conda and from pip, without pip and the project."""
-    *lines, by_pip = environment["dependencies"]
+    """Name: version limits, of packages from conda, without pip and the project."""
+    *lines, _ = environment["dependencies"]
     names_and_limits = {}
-    for line in lines + by_pip["pip"]:
-        if line not in ("pip", "--editable ."):
+    for line in lines:
+        if line != "pip":
             name, limits = re.fullmatch(r"([\w.-]+)\s*(.*)", line).groups()
             assert name not in names_and_limits, f"{name} is listed twice"
             names_and_limits[name] = SpecifierSet(re.sub(r"^=(?!=)", "==", limits))
     return names_and_limits
+
+
+def words(*trees):
+    """How often each identifier stands in syntax trees: names, attributes, what is imported, keywords."""
+    spelled = {ast.Name: "id", ast.Attribute: "attr", ast.alias: "name", ast.keyword: "arg"}
+    found = (getattr(node, spelled[type(node)]) for tree in trees for node in ast.walk(tree) if type(node) in spelled)
+    return Counter(word.split(".")[-1] for word in found if word)
+
+
+def definitions(tree):
+    """Public names of a module and of its classes, each with the node that defines it."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign):
+            names = [name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+        else:
+            names = [getattr(node, "name", "_")]
+        yield from ((name, node) for name in names if not name.startswith("_"))
+        if isinstance(node, ast.ClassDef):
+            fields = ast.Module([part for part in node.body if not isinstance(part, ast.AnnAssign)], [])
+            yield from definitions(fields)
+            yield from ((part.target.id, part) for part in node.body if isinstance(part, ast.AnnAssign))
+
+
+def unused(modules, lessons):
+    """Public names that stand nowhere in the lessons and in no module outside of their own definition."""
+    everywhere = words(*modules, *lessons)
+    return [name for module in modules for name, node in definitions(module)
+            if everywhere[name] <= words(node)[name]]
 
 
 def imported(source):
@@ -95,7 +127,7 @@ def test_conda_and_pip_ask_for_the_same():
 def test_conda_installs_the_project_itself():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     assert environment["channels"] == ["conda-forge"]
-    assert environment["dependencies"][-2] == "pip" and "--editable ." in environment["dependencies"][-1]["pip"]
+    assert environment["dependencies"][-2:] == ["pip", {"pip": ["--editable ."]}]
 
 
 def test_every_package_of_the_source_is_installed():
@@ -145,6 +177,32 @@ def test_lower_floors_import_no_upper_ones(path):
 ])
 def test_upward_imports_are_noticed(module, source, upward):
     assert upward_imports(module, source) == upward
+
+
+def test_no_public_name_is_without_use():
+    sources = (json.loads(path.read_text())["cells"] for path in sorted((ROOT / "notebooks").glob("*.ipynb")))
+    lessons = [ast.parse("".join(cell["source"])) for cells in sources for cell in cells if cell["cell_type"] == "code"]
+    assert len(lessons) > 100
+    assert set(unused([ast.parse(path.read_text()) for path in SOURCES], lessons)) == OF_OTHERS
+
+
+@pytest.mark.parametrize("module, lesson, names", [
+    ("def f(): return 1", "f()", []),
+    ("def f(): return f()", "", ["f"]),
+    ("def f(): pass\ndef g(): f()", "", ["g"]),
+    ("A = B = 1", "B", ["A"]),
+    ("class C:\n  x: int\n  def m(self): pass", "C(x=1)", ["m"]),
+    ("class C:\n  x: int\n  def m(self): return self.x", "C().m()", []),
+    ("def _f(): pass", "", []),
+])
+def test_a_name_without_use_is_noticed(module, lesson, names):
+    assert unused([ast.parse(module)], [ast.parse(lesson)]) == names
+
+
+def test_ruff_finds_nothing():
+    said = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "."], cwd=ROOT, capture_output=True,
+                          text=True, check=False)
+    assert said.returncode == 0, said.stdout + said.stderr
 
 
 def test_no_file_names_a_place_on_one_machine():
