@@ -161,7 +161,7 @@ def fold_batch_norm(model):
     places = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
 
     def folds(module, kind):  # a subclass may compute something else
-        return type(module) is kind and places[id(module)] == 1 and not _is_altered(module)
+        return type(module) is kind and places[id(module)] == 1 and not is_altered(module)
 
     for path, sequential in list(model.named_modules()):
         if not isinstance(sequential, nn.Sequential) or type(sequential).forward is not nn.Sequential.forward:
@@ -214,7 +214,7 @@ def layers(model):
                              f"folds a BatchNorm2d right after a Conv2d in an nn.Sequential, both without hooks and "
                              f"used nowhere else)")
         if type(module) in LAYERS:
-            check_layer(module, repr(name))
+            check_layer(module, f"layer {name!r}")
             found[name] = module
         elif next(module.parameters(recurse=False), None) is not None:
             raise ValueError(f"model must hold no weights outside of Linear and Conv2d, got {kind} at {name!r}")
@@ -231,7 +231,7 @@ def check_layer(layer, name):
     """
     if type(layer) not in LAYERS:
         raise ValueError(f"{name} must be nn.Linear or nn.Conv2d, got {type(layer).__name__}")
-    if _is_altered(layer):
+    if is_altered(layer):
         raise ValueError(f"{name} must have no hooks, nor a weight that hooks compute: remove them first, for instance "
                          f"by torch.nn.utils.remove_weight_norm")
     weight = layer.weight.detach()
@@ -487,6 +487,12 @@ def weight_params(weight, weight_bits=8, *, per_channel=False, weight_range="min
     return replace(params, scale=params.scale * shares[errors.argmin(0)].reshape(params.scale.shape))
 
 
+def is_altered(module):
+    """Whether something else than its class and its parameters, or pruning, decides what the module computes."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return "forward" in vars(module) or any(not isinstance(hook, prune.BasePruningMethod) for hook in hooks)
+
+
 def copied(model, replacements=None):
     """A copy in eval mode, with ``replacements[id(module)]`` in place of a module, wherever it stands.
 
@@ -504,12 +510,6 @@ def copied(model, replacements=None):
             if isinstance(hook, prune.BasePruningMethod):
                 prune.remove(module, hook._tensor_name)
     return model.eval()
-
-
-def _is_altered(module):
-    """Whether something else than its class and its parameters, or pruning, decides what the module computes."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return "forward" in vars(module) or any(not isinstance(hook, prune.BasePruningMethod) for hook in hooks)
 
 
 def _record(model, named_layers, images, batch_size, pick):

@@ -197,7 +197,7 @@ class PACT(nn.Module):
         self.alpha = nn.Parameter(_number(alpha, "alpha", _LEAST))
 
     def forward(self, x):
-        real_array(x.detach(), "x")
+        x = real_array(x, "x")
         alpha = _positive(self.alpha)
         y = torch.where(x < alpha, x.clamp(min=0), alpha)
         s = alpha.detach() / (2**self.bits - 1)
@@ -261,7 +261,7 @@ class LSQ(nn.Module):
         self.scale = nn.Parameter(_number(scale, "scale", _LEAST))
 
     def forward(self, v):
-        real_array(v.detach(), "v")
+        v = real_array(v, "v")
         s = _with_gradient_times(_positive(self.scale), self.gradient_scale)
         return s * round_ste((v / s).clamp(-self.qn, self.qp))
 
@@ -326,7 +326,7 @@ class LSQPlus(nn.Module):
         self.offset = nn.Parameter(_number(offset, "offset"))
 
     def forward(self, x):
-        real_array(x.detach(), "x")
+        x = real_array(x, "x")
         s = _with_gradient_times(_positive(self.scale), self.gradient_scale)
         beta = _with_gradient_times(self.offset, self.gradient_scale)
         return s * round_ste(((x - beta) / s).clamp(0, self.qp)) + beta
@@ -374,6 +374,8 @@ class QATLayer(ptq.Replacement):
         self.to(self.layer.weight)
 
     def forward(self, input):  # named as torch names it: a model may call ``layer(input=x)``
+        if self.layer._forward_pre_hooks:
+            raise ValueError("layer must get no hooks after prepare, which would write weights that are not quantized")
         weight = self.weight_quantizer(self.layer.weight)
         return functional_call(self.layer, {"weight": weight}, self.input_quantizer(input).to(weight.dtype))
 
@@ -487,7 +489,7 @@ def convert(prepared):
     Raises
     ------
     ValueError
-        If the model holds no `QATLayer`, or one of its layers cannot be quantized any more, as `qlab.ptq.check_layer`.
+        If the model holds no `QATLayer`, or one that has hooks.
 
     Examples
     --------
@@ -499,7 +501,8 @@ def convert(prepared):
     """
     quantized = {}
     for name, layer in _qat_layers(prepared).items():
-        ptq.check_layer(layer.layer, repr(name))
+        if ptq.is_altered(layer) or ptq.is_altered(layer.layer):
+            raise ValueError(f"prepared must have no hooks on its layers, which would be lost, got some on {name!r}")
         weight_params = layer.weight_quantizer.params(layer.layer.weight)
         quantized[id(layer)] = ptq.QuantizedLayer(layer.layer, weight_params, layer.input_quantizer.params())
     return ptq.copied(prepared, quantized)

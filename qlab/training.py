@@ -171,8 +171,9 @@ def check_images(images):
     """A ValueError unless ``images`` is a finite tensor with at least one axis and one image."""
     if not isinstance(images, torch.Tensor):
         raise ValueError(f"images must be a torch tensor, got {type(images).__name__}")
-    if images.ndim == 0 or images.is_meta:
-        raise ValueError(f"images must be what the model takes, got shape {tuple(images.shape)} on {images.device}")
+    if images.ndim == 0 or images.is_meta or images.layout != torch.strided:
+        raise ValueError(f"images must be what the model takes, got shape {tuple(images.shape)} on {images.device}, "
+                         f"{images.layout}")
     real_array(images.detach(), "images")
 
 
