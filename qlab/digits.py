@@ -15,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from qlab import samples
-from qlab.training import check_labelled, evaluating, train
+from qlab.training import check_labelled, evaluating, logits, train
 
 _CHECKPOINT = Path(samples.__file__).with_name("digits_cnn.safetensors")
 _TEST_IMAGES = 360
@@ -129,7 +129,7 @@ def accuracy(model, images, labels):
     Raises
     ------
     ValueError
-        If the images are empty or hold a NaN or infinity, or the labels do not fit them.
+        If the images are empty or hold a NaN or infinity, or labels or model do not fit them.
 
     Examples
     --------
@@ -138,7 +138,7 @@ def accuracy(model, images, labels):
     """
     check_labelled(images, labels)
     with evaluating(model):
-        return 100 * (model(images).argmax(1) == labels).double().mean().item()
+        return 100 * (logits(model, images, labels).argmax(1) == labels).double().mean().item()
 
 
 def main():

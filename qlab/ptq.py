@@ -11,16 +11,18 @@ or, without calibration, ``quantize_dynamic(folded)``. Every function returns so
 """
 
 import copy
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from qlab import calibration
-from qlab.affine import absmax_params, fake_quantize, real_array, sqnr_db, zero_point_params
-from qlab.training import evaluating
+from qlab.affine import absmax_params, check_integer, fake_quantize, real_array, zero_point_params
+from qlab.training import check_images, evaluating, read
 
 LAYERS = (nn.Linear, nn.Conv2d)
 CALIBRATORS = {  # name: function of the observed batches and the bits, which returns (alpha, beta)
@@ -31,10 +33,36 @@ CALIBRATORS = {  # name: function of the observed batches and the bits, which re
     "KL": lambda batches, bits: calibration.entropy(_values(batches), bits),
 }
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_BATCH = 64  # images at a time: a moving average moves once for each batch
 _SHARES = torch.linspace(1, 0.01, 100)  # of max|w|; the largest first, so that it wins a tie
 
 
-class QuantizedLayer(nn.Module):
+class Replacement(nn.Module):
+    """What takes the place of a Linear or Conv2d layer: `QuantizedLayer` and `qlab.qat.QATLayer`.
+
+    Parameters
+    ----------
+    layer : nn.Linear or nn.Conv2d
+        Left as it is; ``self.layer`` is a copy.
+
+    Raises
+    ------
+    ValueError
+        If ``layer`` is of another type or cannot be quantized, as `check_layer`.
+    """
+
+    def __init__(self, layer):
+        super().__init__()
+        check_layer(layer, "layer")
+        self.layer = copied(layer)
+
+    @property
+    def weight(self):
+        """Refused: a module that computes with the weights of a layer by itself would leave the inputs in float."""
+        raise ValueError(f"layer must be called to be quantized, but its weight was read from a {type(self).__name__}")
+
+
+class QuantizedLayer(Replacement):
     """A Linear or Conv2d layer with quantized weights and inputs: y = layer(x̂; ŵ, bias), in floats.
 
     The weights are quantized once, here; the inputs at each call. The bias stays in float.
@@ -47,14 +75,14 @@ class QuantizedLayer(nn.Module):
         None leaves the weights in float.
     input_params : QParams or None
         Static quantization of the inputs, by parameters that are known before.
-    dynamic_bits : int or None
+    dynamic_bits : int, 2 to 8, or None
         Dynamic quantization of the inputs, by parameters that hold the range of each batch.
         If this and ``input_params`` are None, the inputs stay in float.
 
     Raises
     ------
     ValueError
-        If ``layer`` is of another type, or both ``input_params`` and ``dynamic_bits`` are given.
+        As `Replacement`; or if ``dynamic_bits`` is out of range, or given beside ``input_params``.
 
     References
     ----------
@@ -71,24 +99,23 @@ class QuantizedLayer(nn.Module):
     """
 
     def __init__(self, layer, weight_params=None, input_params=None, *, dynamic_bits=None):
-        super().__init__()
-        if type(layer) not in LAYERS:
-            raise ValueError(f"layer must be nn.Linear or nn.Conv2d, got {type(layer).__name__}")
+        super().__init__(layer)
         if input_params is not None and dynamic_bits is not None:
             raise ValueError("input_params and dynamic_bits exclude each other, got both")
-        self.layer = copy.deepcopy(layer).requires_grad_(False)
+        self.layer.requires_grad_(False)
         self.weight_params = weight_params
         self.input_params = input_params
-        self.dynamic_bits = dynamic_bits
+        self.dynamic_bits = _check_bits(dynamic_bits, "dynamic_bits")
         if weight_params is not None:
-            self.layer.weight.copy_(fake_quantize(layer.weight.detach(), weight_params))
+            self.layer.weight.copy_(fake_quantize(self.layer.weight, weight_params))
 
-    def forward(self, x):
+    def forward(self, input):  # named as torch names it: a model may call ``layer(input=x)``
+        x = input
         if self.input_params is not None:
             x = fake_quantize(x, self.input_params)
         elif self.dynamic_bits is not None:
             x = fake_quantize(x, zero_point_params(x, self.dynamic_bits))
-        return self.layer(x)
+        return self.layer(x.to(self.layer.weight.dtype))
 
     def extra_repr(self):
         inputs = self.input_params if self.dynamic_bits is None else f"dynamic, {self.dynamic_bits} bits"
@@ -99,12 +126,14 @@ def fold_batch_norm(model):
     """A copy of the model, in eval mode, in which batch norm is a part of the convolutions.
 
     In every nn.Sequential, a BatchNorm2d right after a Conv2d is folded: w ← γ w / √(σ² + ε) for each output channel,
-    and the bias becomes β + γ (bias − μ) / √(σ² + ε). The batch norm is taken out; all other names stay.
+    and the bias becomes β + γ (bias − μ) / √(σ² + ε). The batch norm is taken out; all other names stay. What is used
+    elsewhere in the model as well, or has hooks, is left as it is.
 
     Parameters
     ----------
     model : nn.Module
-        Trained: the running mean μ and variance σ² are used.
+        Trained: the running mean μ and variance σ² are used. It must call each nn.Sequential as a whole. Pruning
+        (torch.nn.utils.prune) becomes permanent in the copy.
 
     Returns
     -------
@@ -114,7 +143,7 @@ def fold_batch_norm(model):
     Raises
     ------
     ValueError
-        If a batch norm keeps no running statistics.
+        If a batch norm keeps no running statistics, or the model cannot be copied.
 
     References
     ----------
@@ -128,12 +157,21 @@ def fold_batch_norm(model):
       (2): ReLU6()
     )
     """
-    model = copy.deepcopy(model).eval()
-    for sequential in [module for module in model.modules() if isinstance(module, nn.Sequential)]:
-        for (name, conv), (norm_name, norm) in pairwise(list(sequential.named_children())):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+    model = copied(model)
+    places = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
+
+    def folds(module, kind):  # a subclass may compute something else
+        return type(module) is kind and places[id(module)] == 1 and not is_altered(module)
+
+    for path, sequential in list(model.named_modules()):
+        if not isinstance(sequential, nn.Sequential) or type(sequential).forward is not nn.Sequential.forward:
+            continue
+        # Not named_children(), which leaves out a module's second place and so brings others together.
+        for (name, conv), (norm_name, norm) in pairwise(list(sequential._modules.items())):
+            if folds(conv, nn.Conv2d) and folds(norm, nn.BatchNorm2d):
                 if norm.running_var is None:
-                    raise ValueError(f"model must keep running statistics to be folded, got none in {norm_name!r}")
+                    raise ValueError(f"model must keep running statistics to be folded, "
+                                     f"got none in {f'{path}.{norm_name}'.lstrip('.')!r}")
                 setattr(sequential, name, fuse_conv_bn_eval(conv, norm))
                 delattr(sequential, norm_name)  # unlike ``del sequential[i]``, which renames the layers after it
     return model
@@ -149,12 +187,14 @@ def layers(model):
     Returns
     -------
     dict of str to nn.Linear or nn.Conv2d
-        The name is the path in the model, such as "features.0"; it is "" if the model itself is such a layer.
+        The name is the path in the model, such as "features.0"; it is "" if the model itself is such a layer. A layer
+        with several names is listed under the first.
 
     Raises
     ------
     ValueError
-        If there is none, a batch norm is not folded, or another type of layer has weights, which would stay in float.
+        If there is none, a batch norm is not folded, another type of layer has weights, which would stay in float, the
+        model is compiled, or as `check_layer`.
 
     Examples
     --------
@@ -164,12 +204,17 @@ def layers(model):
     found = {}
     for name, module in model.named_modules():
         kind = type(module).__name__
-        if isinstance(module, QuantizedLayer):
-            raise ValueError(f"model must be in float, but {name!r} is quantized already")
+        compiled = "_orig_mod" in module._modules or module._compiled_call_impl is not None
+        if compiled or isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(f"model must not be compiled, but {kind} at {name!r} is: quantize what it was made from")
+        if isinstance(module, Replacement):
+            raise ValueError(f"model must be in float, but {name!r} is quantized already: {kind}")
         if isinstance(module, _BATCH_NORMS):
-            raise ValueError(f"model must not hold batch norm, got {kind} at {name!r}: call fold_batch_norm first "
-                             f"(it folds a BatchNorm2d right after a Conv2d in an nn.Sequential)")
+            raise ValueError(f"model must not hold batch norm, got {kind} at {name!r}: call fold_batch_norm first (it "
+                             f"folds a BatchNorm2d right after a Conv2d in an nn.Sequential, both without hooks and "
+                             f"used nowhere else)")
         if type(module) in LAYERS:
+            check_layer(module, f"layer {name!r}")
             found[name] = module
         elif next(module.parameters(recurse=False), None) is not None:
             raise ValueError(f"model must hold no weights outside of Linear and Conv2d, got {kind} at {name!r}")
@@ -178,26 +223,42 @@ def layers(model):
     return found
 
 
-def observe(model, images, *, batch_size=64):
-    """What each layer receives while the model reads the calibration images.
+def check_layer(layer, name):
+    """A ValueError unless a `QuantizedLayer` can do what the layer ``name`` does.
+
+    It must be an nn.Linear or nn.Conv2d itself, in float32 or float64 and finite, with no hooks but those of
+    torch.nn.utils.prune: others change inputs, weights or outputs at each call, and quantization would not know.
+    """
+    if type(layer) not in LAYERS:
+        raise ValueError(f"{name} must be nn.Linear or nn.Conv2d, got {type(layer).__name__}")
+    if is_altered(layer):
+        raise ValueError(f"{name} must have no hooks, nor a weight that hooks compute: remove them first, for instance "
+                         f"by torch.nn.utils.remove_weight_norm")
+    weight = layer.weight.detach()
+    if weight.is_meta or weight.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{name} must have weights in float32 or float64, got {weight.dtype} on {weight.device}")
+    real_array(weight, f"the weight of {name}")
+
+
+def observe(model, images):
+    """What each layer receives while the model reads the calibration images, 64 at a time.
 
     Parameters
     ----------
     model : nn.Module
         In float, batch norm folded. It runs in eval mode.
     images : float tensor, shape (N, ...)
-    batch_size : int, ≥ 1
-        Images at a time; a moving average ("EMA") moves once for each batch.
 
     Returns
     -------
     dict of str to list of float tensors
-        For each of the `layers`, its inputs, batch by batch.
+        For each of the `layers`, its inputs, call by call: one for each batch, if the model calls it once.
 
     Raises
     ------
     ValueError
-        As `layers`; or if ``images`` is empty, has a NaN or infinity, or has not the shape that the model asks for.
+        As `layers`; or if ``images`` is empty, has a NaN or infinity, or has not the shape that the model asks for; or
+        if a layer receives a NaN or infinity.
 
     Examples
     --------
@@ -205,9 +266,44 @@ def observe(model, images, *, batch_size=64):
     >>> {name: [tuple(batch.shape) for batch in batches] for name, batches in inputs.items()}
     {'0': [(64, 2), (36, 2)], '2': [(64, 4), (36, 4)]}
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
-    return _record(model, layers(model), images, batch_size, lambda inputs, output: inputs[0])
+    return _record(model, layers(model), images, _BATCH, lambda inputs, output: inputs[0])
+
+
+def outputs(model, images):
+    """What each layer puts out, before its activation function, while the model reads the images.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In float, batch norm folded; or from `quantize_static`, `quantize_dynamic` or `qlab.qat`. It runs in eval mode.
+    images : float tensor, shape (N, ...)
+        Read as one batch.
+
+    Returns
+    -------
+    dict of str to list of float tensors
+        For each of the `layers`, its outputs, call by call: one, if the model calls it once.
+
+    Raises
+    ------
+    ValueError
+        As `observe`.
+
+    Examples
+    --------
+    The SQNR of each layer; the errors of all layers before it count too.
+
+    >>> from qlab.affine import sqnr_db
+    >>> linear = nn.Linear(1, 1, bias=False)
+    >>> linear.weight.data = torch.tensor([[2.0]])
+    >>> quantized = quantize_static(nn.Sequential(linear), {"0": (0, 3)}, activation_bits=2)
+    >>> images = torch.tensor([[1.1], [2.0]])
+    >>> exact, noisy = outputs(nn.Sequential(linear), images), outputs(quantized, images)
+    >>> {name: round(float(sqnr_db(x, noisy[name][0])), 2) for name, (x,) in exact.items()}
+    {'0': 27.17}
+    """
+    quantized = {name: module for name, module in model.named_modules() if isinstance(module, Replacement)}
+    return _record(model, quantized or layers(model), images, None, lambda inputs, output: output)
 
 
 def calibrate(inputs, bits=8, calibrator="min-max"):
@@ -231,7 +327,7 @@ def calibrate(inputs, bits=8, calibrator="min-max"):
     Raises
     ------
     ValueError
-        If a layer received nothing, ``bits`` is out of range or there is no such calibrator.
+        If a layer received nothing, or a NaN or infinity, ``bits`` is out of range or there is no such calibrator.
 
     References
     ----------
@@ -242,13 +338,14 @@ def calibrate(inputs, bits=8, calibrator="min-max"):
     >>> calibrate({"fc": [torch.tensor([0.5, -1.0]), torch.tensor([3.0])]})
     {'fc': (-1.0, 3.0)}
     """
-    _check_bits(bits, "bits")
+    bits = check_integer(bits, "bits", 2, 8)
     if calibrator not in CALIBRATORS:
         raise ValueError(f"calibrator must be one of {', '.join(CALIBRATORS)}, got {calibrator!r}")
     for name, batches in inputs.items():
         if not batches:
             raise ValueError(f"inputs must hold at least one batch for each layer, got none for {name!r}")
-    return {name: CALIBRATORS[calibrator](batches, bits) for name, batches in inputs.items()}
+    return {name: CALIBRATORS[calibrator]([real_array(x.detach(), f"what {name!r} receives") for x in batches], bits)
+            for name, batches in inputs.items()}
 
 
 def quantize_static(model, ranges, *, weight_bits=8, activation_bits=8, per_channel=False, weight_range="min-max"):
@@ -289,7 +386,7 @@ def quantize_static(model, ranges, *, weight_bits=8, activation_bits=8, per_chan
     >>> quantized[0].weight_params.qmax, quantized[0].input_params.qmax
     (7, 7)
     """
-    _check_bits(activation_bits, "activation_bits", or_none=True)
+    _check_bits(activation_bits, "activation_bits")
 
     def quantized_layer(name, layer):
         params = weight_params(layer.weight, weight_bits, per_channel=per_channel, weight_range=weight_range)
@@ -300,8 +397,7 @@ def quantize_static(model, ranges, *, weight_bits=8, activation_bits=8, per_chan
         alpha, beta = ranges[name]
         if not alpha <= beta:
             raise ValueError(f"ranges must have alpha at most beta, got {alpha} and {beta} for {name!r}")
-        ends = torch.tensor([alpha, beta], dtype=layer.weight.dtype)
-        return QuantizedLayer(layer, params, zero_point_params(ends, activation_bits))
+        return QuantizedLayer(layer, params, zero_point_params(layer.weight.new_tensor([alpha, beta]), activation_bits))
 
     return _replaced(model, quantized_layer)
 
@@ -333,7 +429,7 @@ def quantize_dynamic(model, *, weight_bits=8, activation_bits=8, per_channel=Fal
     >>> quantize_dynamic(nn.Sequential(nn.Linear(2, 4)), activation_bits=3)[0].dynamic_bits
     3
     """
-    _check_bits(activation_bits, "activation_bits", or_none=True)
+    _check_bits(activation_bits, "activation_bits")
 
     def quantized_layer(name, layer):
         params = weight_params(layer.weight, weight_bits, per_channel=per_channel, weight_range=weight_range)
@@ -372,7 +468,7 @@ def weight_params(weight, weight_bits=8, *, per_channel=False, weight_range="min
     >>> weight_params(weight, 2, per_channel=True, weight_range="MSE").scale
     tensor([0.1320, 1.0000])
     """
-    _check_bits(weight_bits, "weight_bits", or_none=True)
+    weight_bits = _check_bits(weight_bits, "weight_bits")
     if weight_range not in ("min-max", "MSE"):
         raise ValueError(f"weight_range must be 'min-max' or 'MSE', got {weight_range!r}")
     if weight_bits is None:
@@ -381,66 +477,59 @@ def weight_params(weight, weight_bits=8, *, per_channel=False, weight_range="min
     params = absmax_params(weight, weight_bits, axis=0 if per_channel else None)
     if weight_range == "min-max":
         return params
-    rows = weight.flatten(1) if per_channel else weight.reshape(1, -1)
-    scales = params.scale.reshape(1, -1) * _SHARES[:, None]  # shares × rows
+    # In units near the scale, a power of two and so exact, the squares of tiny or huge weights stay within float32.
+    unit = torch.ldexp(torch.ones_like(params.scale), -torch.frexp(params.scale).exponent).reshape(-1, 1)
+    rows = (weight.flatten(1) if per_channel else weight.reshape(1, -1)) * unit
+    shares = _SHARES.to(weight.device)
+    scales = (params.scale.reshape(-1, 1) * unit).T * shares[:, None]  # shares × rows
     chunks = scales.split(max(1, 2**20 // weight.numel()))  # to bound the memory that large layers take
     errors = torch.cat([_squared_errors(rows, chunk, params) for chunk in chunks])
-    best = errors.argmin(0, keepdim=True)
-    return replace(params, scale=scales.gather(0, best).reshape(params.scale.shape))
+    return replace(params, scale=params.scale * shares[errors.argmin(0)].reshape(params.scale.shape))
 
 
-def layer_sqnr(float_model, quantized_model, images):
-    """SQNR of each layer's output, before its activation function, against the float model's.
+def is_altered(module):
+    """Whether something else than its class and its parameters, or pruning, decides what the module computes."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return "forward" in vars(module) or any(not isinstance(hook, prune.BasePruningMethod) for hook in hooks)
 
-    Parameters
-    ----------
-    float_model, quantized_model : nn.Module
-        What `quantize_static` or `quantize_dynamic` was given, and what it returned.
-    images : float tensor, shape (N, ...)
-        Read as one batch.
 
-    Returns
-    -------
-    dict of str to float
-        In dB, for each of the `layers`. The errors of all layers before it count too. Infinite where nothing differs.
+def copied(model, replacements=None):
+    """A copy in eval mode, with ``replacements[id(module)]`` in place of a module, wherever it stands.
 
-    Raises
-    ------
-    ValueError
-        As `observe`; or if the two models have not the same layers.
-
-    Examples
-    --------
-    >>> model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
-    >>> layer_sqnr(model, quantize_dynamic(model, weight_bits=None, activation_bits=None), torch.rand(10, 2))
-    {'0': inf, '2': inf}
+    Pruning becomes permanent: its hooks would write the float weights again at each call.
     """
-    floats = layers(float_model)
-    quantized = {name: m for name, m in quantized_model.named_modules() if isinstance(m, QuantizedLayer)}
-    if floats.keys() != quantized.keys():
-        raise ValueError(f"quantized_model must have quantized layers {list(floats)}, got {list(quantized)}")
-    x, y = (_record(model, named, images, None, lambda inputs, output: output)
-            for model, named in ((float_model, floats), (quantized_model, quantized)))
-    return {name: float(sqnr_db(torch.cat(x[name]), torch.cat(y[name]))) for name in floats}
+    # torch refuses to copy what autograd computed, such as the weight of a pruned layer until its first call.
+    computed = {id(tensor): tensor.detach().clone() for module in model.modules() for tensor in vars(module).values()
+                if isinstance(tensor, torch.Tensor)}
+    try:
+        model = copy.deepcopy(model, computed | (replacements or {}))
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"model must be one that can be copied, got {type(model).__name__}: {error}") from error
+    for module in model.modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, prune.BasePruningMethod):
+                prune.remove(module, hook._tensor_name)
+    return model.eval()
 
 
 def _record(model, named_layers, images, batch_size, pick):
-    """``pick(inputs, output)`` of each layer for each batch (None: all at once) of ``images``."""
-    if not isinstance(images, torch.Tensor):
-        raise ValueError(f"images must be a torch tensor, got {type(images).__name__}")
-    real_array(images, "images")
+    """``pick(inputs, output)`` at each call of each layer, while the model reads ``batch_size`` images at a time."""
+    check_images(images)
     records = {name: [] for name in named_layers}
 
-    def recorder(name):  # copies, because the next module may work in place
-        return lambda module, inputs, output: records[name].append(pick(inputs, output).clone())
+    def recorder(name):
+        def record(module, inputs, named_inputs, output):
+            values = pick((*inputs, *named_inputs.values()), output)
+            if values.numel():
+                real_array(values, f"what {name!r} receives or returns")
+                records[name].append(values.clone())  # because the next module may work in place
+        return record
 
-    hooks = [layer.register_forward_hook(recorder(name)) for name, layer in named_layers.items()]
+    hooks = [layer.register_forward_hook(recorder(name), with_kwargs=True) for name, layer in named_layers.items()]
     try:
         with evaluating(model):
-            for batch in images.split(batch_size) if batch_size else [images]:
-                model(batch)
-    except RuntimeError as error:
-        raise ValueError(f"images must be what the model takes, got shape {tuple(images.shape)}: {error}") from error
+            for batch in images.split(batch_size or len(images)):
+                read(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -449,14 +538,13 @@ def _record(model, named_layers, images, batch_size, pick):
 
 def _replaced(model, quantized_layer):
     """A copy of the model in eval mode with ``quantized_layer(name, layer)`` in place of each layer."""
-    memo = {id(layer): quantized_layer(name, layer) for name, layer in layers(model).items()}
-    return copy.deepcopy(model, memo).eval()  # deepcopy takes the memo's entry wherever it meets the float layer
+    return copied(model, {id(layer): quantized_layer(name, layer) for name, layer in layers(model).items()})
 
 
 def _squared_errors(rows, scales, params):
     """Σ (w − ŵ)² of each row (R, K) under each of its scales (S, R): shape (S, R)."""
     tiled = rows.tile(len(scales), 1)
-    zero = torch.zeros(scales.numel(), dtype=torch.int32)
+    zero = params.zero_point.new_zeros(scales.numel())
     params = replace(params, scale=scales.flatten(), zero_point=zero, axis=0)
     return (fake_quantize(tiled, params) - tiled).square().sum(1).reshape(scales.shape)
 
@@ -465,8 +553,5 @@ def _values(batches):
     return torch.cat([batch.flatten() for batch in batches])
 
 
-def _check_bits(bits, name, or_none=False):
-    if bits is None and or_none:
-        return
-    if not isinstance(bits, int) or not 2 <= bits <= 8:
-        raise ValueError(f"{name} must be an integer from 2 to 8{' or None' if or_none else ''}, got {bits!r}")
+def _check_bits(bits, name):
+    return None if bits is None else check_integer(bits, f"{name}, unless None,", 2, 8)

@@ -17,18 +17,19 @@ Symbols: s scale, z zero-point, b bits; [α, β] the range, as in all of qlab. P
 the offset β of LSQ+ the lower end.
 """
 
-import copy
 import math
 
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn.utils import prune
 
 from qlab import calibration, ptq
-from qlab.affine import QParams, fake_quantize, zero_point_params
+from qlab.affine import QParams, check_integer, fake_quantize, real_array, zero_point_params
 
 SCHEMES = ("Jacob", "PACT", "LSQ", "LSQ+")
-_SMALLEST = 1e-12  # what a learned scale is held at if an optimizer step takes it to 0 or below
+_LEAST = 1e-36  # learned ends and scales from here on: their steps and gradients are not lost in float32
+_HELD = 1e-12  # what is used in place of one that an optimizer step took below that
 
 
 def round_ste(u):
@@ -63,13 +64,11 @@ class Absmax(nn.Module):
     Parameters
     ----------
     bits : int, 2 to 8
-    per_channel : bool
-        One scale for each output channel, axis 0.
 
     Raises
     ------
     ValueError
-        If ``bits`` is out of range.
+        If ``bits`` is out of range. When called: if ``weight`` is empty or has a NaN or infinity.
 
     References
     ----------
@@ -82,16 +81,16 @@ class Absmax(nn.Module):
     [0.0, 1.0, -1.0]
     """
 
-    def __init__(self, bits, *, per_channel=False):
+    def __init__(self, bits):
         super().__init__()
-        self.bits, self.per_channel = _check_bits(bits), per_channel
+        self.bits = check_integer(bits, "bits", 2, 8)
 
     def forward(self, weight):
         return fake_quantize(weight, self.params(weight))
 
     def params(self, weight):
         """`qlab.affine.QParams` of the weights as they are."""
-        return ptq.weight_params(weight, self.bits, per_channel=self.per_channel)
+        return ptq.weight_params(weight, self.bits)
 
 
 class EMA(nn.Module):
@@ -113,7 +112,7 @@ class EMA(nn.Module):
     Raises
     ------
     ValueError
-        If a number is out of range.
+        If a number is out of range. When called: if the data is empty or has a NaN or infinity; all stays as it was.
 
     References
     ----------
@@ -128,23 +127,26 @@ class EMA(nn.Module):
 
     def __init__(self, bits, alpha, beta, *, momentum=0.01, start_delay=0):
         super().__init__()
-        if not -math.inf < alpha <= beta < math.inf:
-            raise ValueError(f"alpha must be at most beta and both finite, got {alpha} and {beta}")
+        ends = torch.stack([_number(alpha, "alpha"), _number(beta, "beta")])
+        if ends[0] > ends[1]:
+            raise ValueError(f"alpha must be at most beta, got {alpha} and {beta}")
         if not isinstance(momentum, (int, float)) or not 0 < momentum <= 1:
             raise ValueError(f"momentum must be more than 0 and at most 1, got {momentum!r}")
-        if isinstance(start_delay, bool) or not isinstance(start_delay, int) or start_delay < 0:
-            raise ValueError(f"start_delay must be an integer of at least 0, got {start_delay!r}")
-        self.bits, self.momentum, self.start_delay = _check_bits(bits), momentum, start_delay
-        self.register_buffer("ends", torch.tensor([alpha, beta], dtype=torch.float32))
+        self.bits, self.momentum = check_integer(bits, "bits", 2, 8), momentum
+        self.start_delay = check_integer(start_delay, "start_delay", 0)
+        self.register_buffer("ends", ends)
         self.register_buffer("steps", torch.tensor(0))
+        self.params()  # refuses a range whose width is infinite in float32
 
     def forward(self, x):
-        if self.training:
-            self.ends += self.momentum * (torch.stack(x.detach().aminmax()) - self.ends)
-            self.steps += 1
-            if self.steps <= self.start_delay:
-                return x
-        return fake_quantize(x, self.params())
+        if not self.training:
+            return fake_quantize(x, self.params())
+        seen = torch.stack(real_array(x.detach(), "x").aminmax())
+        ends = self.ends + self.momentum * (seen - self.ends)
+        params = zero_point_params(ends, self.bits)  # may refuse, and then the range has not moved
+        self.ends.copy_(ends)
+        self.steps += 1
+        return x if self.steps <= self.start_delay else fake_quantize(x, params)
 
     def params(self):
         """`qlab.affine.QParams` of the range as it is."""
@@ -163,20 +165,18 @@ class PACT(nn.Module):
     Parameters
     ----------
     bits : int, 2 to 8
-    alpha : float, > 0
+    alpha : float, ≥ 1e-36
         The upper end to start from, in the units of x.
-    weight_decay : float, ≥ 0
-        λ: adds λ α to the gradient of α, that of the penalty λ α² / 2, which is not a part of the loss that you see.
 
     Raises
     ------
     ValueError
-        If a number is out of range.
+        If a number is out of range. When called: if the data is empty or has a NaN or infinity; all stays as it was.
 
     Notes
     -----
-    If an optimizer step takes α to 0 or below, a tiny positive number is used in its place, and the gradient goes on to
-    α, so that it can come back.
+    The paper adds a penalty λ α² to the loss, to draw α in; here there is none. If an optimizer step takes α to 0 or
+    below, 1e-12 is used in its place, and the gradient goes on to α, so that it can come back.
 
     References
     ----------
@@ -191,17 +191,14 @@ class PACT(nn.Module):
     ([0.0, 1.0, 3.0, 3.0], 2.0)
     """
 
-    def __init__(self, bits, alpha, *, weight_decay=0.0):
+    def __init__(self, bits, alpha):
         super().__init__()
-        if not isinstance(weight_decay, (int, float)) or not 0 <= weight_decay < math.inf:
-            raise ValueError(f"weight_decay must be at least 0 and finite, got {weight_decay!r}")
-        self.bits, self.weight_decay = _check_bits(bits), weight_decay
-        self.alpha = nn.Parameter(_check_positive(alpha, "alpha"))
+        self.bits = check_integer(bits, "bits", 2, 8)
+        self.alpha = nn.Parameter(_number(alpha, "alpha", _LEAST))
 
     def forward(self, x):
+        x = real_array(x, "x")
         alpha = _positive(self.alpha)
-        if alpha.requires_grad:
-            alpha.register_hook(lambda gradient: gradient + self.weight_decay * self.alpha.detach())
         y = torch.where(x < alpha, x.clamp(min=0), alpha)
         s = alpha.detach() / (2**self.bits - 1)
         return s * round_ste(y / s)
@@ -224,8 +221,8 @@ class LSQ(nn.Module):
     Parameters
     ----------
     bits : int, 2 to 8
-    scale : float or float tensor of shape (C,), > 0
-        s to start from, in the units of v; one for each index of axis 0 if it is of shape (C,).
+    scale : float, ≥ 1e-36
+        s to start from, in the units of v.
     n : int, ≥ 1
         How many values share s: the weights, or the features of one image. The gradient of s is multiplied by
         g = 1 / √(n Q_P).
@@ -236,7 +233,7 @@ class LSQ(nn.Module):
     Raises
     ------
     ValueError
-        If a number is out of range.
+        If a number is out of range. When called: if the data is empty or has a NaN or infinity; all stays as it was.
 
     Notes
     -----
@@ -258,15 +255,14 @@ class LSQ(nn.Module):
 
     def __init__(self, bits, scale, *, n, signed=True):
         super().__init__()
-        self.bits = _check_bits(bits)
-        self.qn, self.qp = _lsq_limits(bits, signed)
-        self.gradient_scale = 1 / math.sqrt(_check_count(n) * self.qp)
-        self.scale = nn.Parameter(_check_positive(scale, "scale"))
+        self.bits = check_integer(bits, "bits", 2, 8)
+        self.qn, self.qp = _lsq_limits(self.bits, signed)
+        self.gradient_scale = 1 / math.sqrt(check_integer(n, "n", 1) * self.qp)
+        self.scale = nn.Parameter(_number(scale, "scale", _LEAST))
 
     def forward(self, v):
+        v = real_array(v, "v")
         s = _with_gradient_times(_positive(self.scale), self.gradient_scale)
-        if s.ndim:
-            s = s.reshape(-1, *[1] * (v.ndim - 1))
         return s * round_ste((v / s).clamp(-self.qn, self.qp))
 
     def params(self, weight=None):
@@ -274,11 +270,11 @@ class LSQ(nn.Module):
         s = _positive(self.scale.detach())
         if self.qn == 0:
             return _unsigned(s, 0, self.bits)
-        return QParams(s, torch.zeros_like(s), -self.qn, self.qp, axis=0 if s.ndim else None)
+        return QParams(s, torch.zeros_like(s), -self.qn, self.qp)
 
     def range(self):
-        """(−s Q_N, s Q_P), as floats; the widest if there are several s."""
-        s = _positive(self.scale).max().item()
+        """(−s Q_N, s Q_P), as floats."""
+        s = _positive(self.scale).item()
         return -s * self.qn, s * self.qp
 
 
@@ -290,7 +286,7 @@ class LSQPlus(nn.Module):
     Parameters
     ----------
     bits : int, 2 to 8
-    scale : float, > 0
+    scale : float, ≥ 1e-36
         s to start from, in the units of x.
     offset : float
         β to start from: the lower end of the range, in the units of x.
@@ -300,7 +296,7 @@ class LSQPlus(nn.Module):
     Raises
     ------
     ValueError
-        If a number is out of range.
+        If a number is out of range. When called: if the data is empty or has a NaN or infinity; all stays as it was.
 
     Notes
     -----
@@ -323,14 +319,14 @@ class LSQPlus(nn.Module):
 
     def __init__(self, bits, scale, offset, *, n):
         super().__init__()
-        if not math.isfinite(offset):
-            raise ValueError(f"offset must be finite, got {offset}")
-        self.bits, self.qp = _check_bits(bits), 2**bits - 1
-        self.gradient_scale = 1 / math.sqrt(_check_count(n) * self.qp)
-        self.scale = nn.Parameter(_check_positive(scale, "scale"))
-        self.offset = nn.Parameter(torch.tensor(offset, dtype=torch.float32))
+        self.bits = check_integer(bits, "bits", 2, 8)
+        self.qp = 2**self.bits - 1
+        self.gradient_scale = 1 / math.sqrt(check_integer(n, "n", 1) * self.qp)
+        self.scale = nn.Parameter(_number(scale, "scale", _LEAST))
+        self.offset = nn.Parameter(_number(offset, "offset"))
 
     def forward(self, x):
+        x = real_array(x, "x")
         s = _with_gradient_times(_positive(self.scale), self.gradient_scale)
         beta = _with_gradient_times(self.offset, self.gradient_scale)
         return s * round_ste(((x - beta) / s).clamp(0, self.qp)) + beta
@@ -346,7 +342,7 @@ class LSQPlus(nn.Module):
         return beta, beta + s * self.qp
 
 
-class QATLayer(nn.Module):
+class QATLayer(ptq.Replacement):
     """A Linear or Conv2d layer in training with its quantizers: y = layer(x̂; ŵ, bias).
 
     The bias stays in float, as in the paper. Integers store it in units of the accumulator, S₁S₂: fine at 8 bits,
@@ -358,6 +354,12 @@ class QATLayer(nn.Module):
         Left as it is; ``self.layer`` is a copy, with the weights w in float that the optimizer moves.
     weight_quantizer : Absmax or LSQ
     input_quantizer : EMA, PACT, LSQ or LSQPlus
+        Both become float64 if the layer is.
+
+    Raises
+    ------
+    ValueError
+        As `qlab.ptq.Replacement`.
 
     References
     ----------
@@ -365,18 +367,20 @@ class QATLayer(nn.Module):
     """
 
     def __init__(self, layer, weight_quantizer, input_quantizer):
-        super().__init__()
-        self.layer = copy.deepcopy(layer).requires_grad_()
+        super().__init__(layer)
+        self.layer.requires_grad_()
         self.weight_quantizer = weight_quantizer
         self.input_quantizer = input_quantizer
+        self.to(self.layer.weight)
 
-    def forward(self, x):
+    def forward(self, input):  # named as torch names it: a model may call ``layer(input=x)``
+        if self.layer._forward_pre_hooks:
+            raise ValueError("layer must get no hooks after prepare, which would write weights that are not quantized")
         weight = self.weight_quantizer(self.layer.weight)
-        return functional_call(self.layer, {"weight": weight}, self.input_quantizer(x))
+        return functional_call(self.layer, {"weight": weight}, self.input_quantizer(input).to(weight.dtype))
 
 
-def prepare(model, scheme, images, *, weight_bits, activation_bits, per_channel=False, momentum=0.01, start_delay=0,
-            weight_decay=0.0):
+def prepare(model, scheme, images, *, weight_bits, activation_bits, start_delay=0):
     """Put quantizers into a network, ready to be trained.
 
     ========  ===========================  ===================================================================
@@ -392,18 +396,14 @@ def prepare(model, scheme, images, *, weight_bits, activation_bits, per_channel=
     Parameters
     ----------
     model : nn.Module
-        In float, batch norm folded. It is left as it is.
+        In float, batch norm folded. It is left as it is. Layers that share weights share them in the copy.
     scheme : str
         A member of ``SCHEMES``.
     images : float tensor, shape (N, ...)
         To start the ranges of the activations from.
     weight_bits, activation_bits : int, 2 to 8
-    per_channel : bool
-        Weights: one scale for each output channel instead of one for each layer.
-    momentum, start_delay
-        As `EMA`; only "Jacob" uses them.
-    weight_decay
-        As `PACT`; only "PACT" uses it.
+    start_delay
+        As `EMA`; only "Jacob" uses it.
 
     Returns
     -------
@@ -413,8 +413,9 @@ def prepare(model, scheme, images, *, weight_bits, activation_bits, per_channel=
     Raises
     ------
     ValueError
-        As `qlab.ptq.observe`; or if there is no such scheme, a number is out of range, the model is prepared already,
-        or "PACT" is asked to quantize inputs below 0, all of which it would clip.
+        As `qlab.ptq.observe`; or if there is no such scheme, a number is out of range, the model never calls one of its
+        layers, a layer is pruned (training would bring the weights back), or "PACT" is asked to quantize inputs below
+        0, all of which it would clip.
 
     References
     ----------
@@ -429,42 +430,44 @@ def prepare(model, scheme, images, *, weight_bits, activation_bits, per_channel=
     """
     if scheme not in SCHEMES:
         raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
-    _check_bits(weight_bits, "weight_bits")
-    _check_bits(activation_bits, "activation_bits")
-    if any(isinstance(module, QATLayer) for module in model.modules()):
-        raise ValueError("model must be in float, but it is prepared already")
+    weight_bits = check_integer(weight_bits, "weight_bits", 2, 8)
+    activation_bits = check_integer(activation_bits, "activation_bits", 2, 8)
 
     def weight_quantizer(weight):
         if scheme in ("Jacob", "PACT"):
-            return Absmax(weight_bits, per_channel=per_channel)
-        w = weight.detach().flatten(1) if per_channel else weight.detach().reshape(1, -1)
+            return Absmax(weight_bits)
+        w = weight.detach().flatten()
         if scheme == "LSQ":
             scale = _lsq_scale(w, weight_bits, signed=True)
         else:
-            scale = _or_one((w.mean(1).abs() + 3 * w.std(1, correction=0)) / 2 ** (weight_bits - 1))
-        return LSQ(weight_bits, scale if per_channel else scale[0], n=w.shape[1])
+            scale = (w.mean().abs() + 3 * w.std(correction=0)) / 2 ** (weight_bits - 1)
+        return LSQ(weight_bits, _or_one(scale), n=w.numel())
 
     def input_quantizer(name, batches):
         if scheme == "Jacob":
-            ends = calibration.moving_minmax(batches, momentum)
-            return EMA(activation_bits, *ends, momentum=momentum, start_delay=start_delay)
-        x = torch.cat(batches)
-        n, low = x[0].numel(), float(x.min())
+            return EMA(activation_bits, *calibration.moving_minmax(batches), start_delay=start_delay)
+        x = torch.cat([batch.flatten() for batch in batches])
+        n, low = max(1, x.numel() // len(images)), float(x.min())
         if scheme == "LSQ":
             signed = low < 0
-            scale = _lsq_scale(x.reshape(1, -1), activation_bits, signed)
-            return LSQ(activation_bits, scale[0], n=n, signed=signed)
+            return LSQ(activation_bits, _or_one(_lsq_scale(x, activation_bits, signed)), n=n, signed=signed)
         if scheme == "PACT":
             if low < 0:
                 raise ValueError(f"PACT clips what is below 0, but {name!r} receives {low:g}: take another scheme")
-            return PACT(activation_bits, float(x.max()) or 1.0, weight_decay=weight_decay)
+            return PACT(activation_bits, _or_one(x.max()))
         alpha, beta = calibration.mse(x, activation_bits)
-        return LSQPlus(activation_bits, (beta - alpha) / (2**activation_bits - 1) or 1.0, alpha, n=n)
+        return LSQPlus(activation_bits, _or_one((beta - alpha) / (2**activation_bits - 1)), alpha, n=n)
 
-    inputs = ptq.observe(model, images)
-    prepared = {id(layer): QATLayer(layer, weight_quantizer(layer.weight), input_quantizer(name, inputs[name]))
-                for name, layer in ptq.layers(model).items()}
-    return copy.deepcopy(model, prepared).eval()  # deepcopy takes the prepared layer wherever it meets the float one
+    inputs, prepared, shared = ptq.observe(model, images), {}, {}
+    for name, layer in ptq.layers(model).items():
+        if not inputs[name]:
+            raise ValueError(f"model must call each of its layers, but {name!r} received nothing")
+        if prune.is_pruned(layer):
+            raise ValueError(f"model must not be pruned, but {name!r} is: call torch.nn.utils.prune.remove first")
+        new = prepared[id(layer)] = QATLayer(layer, weight_quantizer(layer.weight), input_quantizer(name, inputs[name]))
+        for kind, parameter in layer.named_parameters():
+            setattr(new.layer, kind, shared.setdefault(id(parameter), getattr(new.layer, kind)))
+    return ptq.copied(model, prepared)
 
 
 def convert(prepared):
@@ -486,7 +489,7 @@ def convert(prepared):
     Raises
     ------
     ValueError
-        If the model holds no `QATLayer`.
+        If the model holds no `QATLayer`, or one that has hooks.
 
     Examples
     --------
@@ -496,10 +499,13 @@ def convert(prepared):
     >>> torch.equal(convert(prepared)(x), prepared(x))
     True
     """
-    quantized = {id(layer): ptq.QuantizedLayer(layer.layer, layer.weight_quantizer.params(layer.layer.weight),
-                                               layer.input_quantizer.params())
-                 for layer in _qat_layers(prepared).values()}
-    return copy.deepcopy(prepared, quantized).eval()
+    quantized = {}
+    for name, layer in _qat_layers(prepared).items():
+        if ptq.is_altered(layer) or ptq.is_altered(layer.layer):
+            raise ValueError(f"prepared must have no hooks on its layers, which would be lost, got some on {name!r}")
+        weight_params = layer.weight_quantizer.params(layer.layer.weight)
+        quantized[id(layer)] = ptq.QuantizedLayer(layer.layer, weight_params, layer.input_quantizer.params())
+    return ptq.copied(prepared, quantized)
 
 
 def ranges(prepared):
@@ -539,8 +545,8 @@ def _qat_layers(prepared):
 
 
 def _positive(x):
-    """max(x, smallest), with the gradient of x even where x is less, so that it can come back."""
-    return x.detach().clamp(min=_SMALLEST) + (x - x.detach())
+    """x, or a small number where x is too small, with the gradient of x even there, so that it can come back."""
+    return torch.where(x.detach() >= _LEAST, x.detach(), _HELD) + (x - x.detach())
 
 
 def _with_gradient_times(x, g):
@@ -554,13 +560,14 @@ def _lsq_limits(bits, signed=True):
 
 
 def _lsq_scale(v, bits, signed):
-    """2⟨|v|⟩ / √Q_P of each row; 1 where all values are 0."""
+    """2⟨|v|⟩ / √Q_P."""
     _, qp = _lsq_limits(bits, signed)
-    return _or_one(2 * v.abs().mean(1) / math.sqrt(qp))
+    return 2 * v.abs().mean() / math.sqrt(qp)
 
 
 def _or_one(scale):
-    return torch.where(scale > 0, scale, 1.0)
+    """A scale to start from, where there may be nothing but zeros."""
+    return scale if scale >= _LEAST else 1.0
 
 
 def _unsigned(scale, zero_point, bits):
@@ -569,21 +576,13 @@ def _unsigned(scale, zero_point, bits):
     return QParams(scale, torch.as_tensor(zero_point) - half, -half, half - 1)
 
 
-def _check_positive(value, name):
-    """``value`` as a float32 tensor; a ValueError unless it is more than 0 and finite everywhere."""
-    value = torch.as_tensor(value, dtype=torch.float32)
-    if not bool((value > 0).all() and value.isfinite().all()):
-        raise ValueError(f"{name} must be more than 0 and finite, got {value.tolist()}")
-    return value.clone()
-
-
-def _check_count(n):
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"n must be an integer of at least 1, got {n!r}")
-    return n
-
-
-def _check_bits(bits, name="bits"):
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
-        raise ValueError(f"{name} must be an integer from 2 to 8, got {bits!r}")
-    return bits
+def _number(value, name, low=-math.inf):
+    """``value`` as a float32 tensor; a ValueError unless it is one finite number of at least ``low``."""
+    try:
+        number = torch.as_tensor(value, dtype=torch.float32).detach().clone()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} must be a number, got {value!r}") from None
+    if number.ndim or not low <= number < math.inf or number == -math.inf:
+        least = "" if low == -math.inf else f"at least {low} and "
+        raise ValueError(f"{name} must be {least}finite, got {number.tolist()}")
+    return number

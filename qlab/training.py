@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import cross_entropy
 
-from qlab.affine import real_array
+from qlab.affine import check_integer, real_array
 
 
 class Step(NamedTuple):
@@ -35,7 +35,7 @@ def train(model, images, labels, *, epochs, lr, seed, batch_size=64):
         Times that each image is seen.
     lr : float, > 0
         Learning rate to begin with.
-    seed : int
+    seed : int, ≥ 0
         Of the order of the images. The initial weights are the model's own.
     batch_size : int, ≥ 1
 
@@ -47,7 +47,9 @@ def train(model, images, labels, *, epochs, lr, seed, batch_size=64):
     Raises
     ------
     ValueError
-        If the images are empty or hold a NaN or infinity, the labels do not fit them, or a number is out of range.
+        If the images are empty or hold a NaN or infinity, the labels do not fit them, the model does not map images to
+        logits of these classes or has nothing to train, or a number is out of range. Later, before the weights change:
+        if the loss is NaN or infinite.
 
     References
     ----------
@@ -64,31 +66,40 @@ def train(model, images, labels, *, epochs, lr, seed, batch_size=64):
     (100, 100, True)
     """
     check_labelled(images, labels)
-    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    epochs, batch_size = check_integer(epochs, "epochs", 1), check_integer(batch_size, "batch_size", 1)
     if not isinstance(lr, (int, float)) or not 0 < lr < float("inf"):
         raise ValueError(f"lr must be more than 0 and finite, got {lr!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ValueError(f"seed must be an integer, got {seed!r}")
-    steps = epochs * -(-len(images) // batch_size)
-    shuffler = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    shuffler = torch.Generator().manual_seed(check_integer(seed, "seed", 0, 2**63 - 1))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ValueError(f"model must have parameters that require gradients, got none in {type(model).__name__}")
+    with evaluating(model):
+        logits(model, images[:1], labels)
+    images, steps = images.detach(), epochs * -(-len(images) // batch_size)
+    optimizer = torch.optim.Adam(trained, lr=lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+    def learn(batch):
+        model.train()
+        with torch.enable_grad():
+            loss = cross_entropy(model(images[batch]), labels[batch])
+        if not loss.isfinite():
+            raise ValueError(f"lr must let the loss stay finite, got a loss of {loss.item()} with lr={lr}")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        return loss.item()
 
     def run():
         step = 0
         for _ in range(epochs):
             for batch in torch.randperm(len(images), generator=shuffler).split(batch_size):
-                model.train()
-                loss = cross_entropy(model(images[batch]), labels[batch])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
+                with _modes_kept(model):
+                    loss = learn(batch)
                 model.eval()
                 step += 1
-                yield Step(step, steps, loss.item())
+                yield Step(step, steps, loss)
 
     return Steps(run(), steps)
 
@@ -121,21 +132,56 @@ class Steps(Iterator):
 @contextmanager
 def evaluating(model):
     """Inside the ``with``, the model is in eval mode and no gradients are kept; afterwards all is as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    with _modes_kept(model), torch.no_grad():
+        model.eval()
+        yield
+
+
+def read(model, images):
+    """The output of the model for the images; a ValueError if it takes others."""
     try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+        return model(images)
+    except RuntimeError as error:
+        raise ValueError(f"images must be what the model takes, got shape {tuple(images.shape)} and {images.dtype}: "
+                         f"{error}") from error
+
+
+def logits(model, images, labels):
+    """The output of the model for the images; a ValueError unless they are finite logits, one for each class."""
+    found = read(model, images)
+    classes = int(labels.max()) + 1
+    if not isinstance(found, torch.Tensor) or found.ndim != 2 or len(found) != len(images) or found.shape[1] < classes:
+        got = f"shape {tuple(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
+        raise ValueError(f"model must return one logit for each class, as the labels ask for shape ({len(images)}, "
+                         f"{classes} or more), got {got}")
+    return real_array(found, "logits of the model")
 
 
 def check_labelled(images, labels):
     """A ValueError unless ``images`` are finite, at least one, and ``labels`` holds a class for each."""
-    if not isinstance(images, torch.Tensor):
-        raise ValueError(f"images must be a torch tensor, got {type(images).__name__}")
-    real_array(images, "images")
+    check_images(images)
     if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
         got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else type(labels).__name__
         raise ValueError(f"labels must be an int64 tensor of shape {tuple(images.shape[:1])}, got {got}")
+    if labels.is_meta or labels.min() < 0:
+        raise ValueError(f"labels must be classes, from 0 on, got {labels.min()}")
+
+
+def check_images(images):
+    """A ValueError unless ``images`` is a finite tensor with at least one axis and one image."""
+    if not isinstance(images, torch.Tensor):
+        raise ValueError(f"images must be a torch tensor, got {type(images).__name__}")
+    if images.ndim == 0 or images.is_meta or images.layout != torch.strided:
+        raise ValueError(f"images must be what the model takes, got shape {tuple(images.shape)} on {images.device}, "
+                         f"{images.layout}")
+    real_array(images.detach(), "images")
+
+
+@contextmanager
+def _modes_kept(model):
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

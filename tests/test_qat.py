@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.ao.quantization.observer import MovingAverageMinMaxObserver
 from torch.nn.functional import conv2d, linear
+from torch.nn.utils import prune
 
 from qlab import calibration, digits, integer, ptq
 from qlab.affine import quantize
@@ -138,14 +139,9 @@ def test_lsq_plus_with_a_real_offset_is_the_formula():
 def test_absmax_equals_torch_and_never_takes_the_lowest_code(bits):
     qmax = 2 ** (bits - 1) - 1
     weight = normal(5, 3, 2, 2, seed=bits).clamp(-3, 3)
-    weight[:, 0, 0, 0] = -torch.tensor([0.25, 0.5, 1, 2, 4]) * qmax  # the largest of each channel: negative
-    weight = torch.minimum(torch.maximum(weight, weight[:, :1, :1, :1]), -weight[:, :1, :1, :1])
-    whole, channels = Absmax(bits), Absmax(bits, per_channel=True)
-    assert torch.equal(whole(weight), torch.fake_quantize_per_tensor_affine(weight, 4.0, 0, -qmax, qmax))
-    scales, zeros = torch.tensor([0.25, 0.5, 1, 2, 4]), torch.zeros(5, dtype=torch.int32)
-    assert torch.equal(channels(weight), torch.fake_quantize_per_channel_affine(weight, scales, zeros, 0, -qmax, qmax))
-    for quantizer in (whole, channels):
-        assert quantize(weight, quantizer.params(weight)).min() == -qmax
+    weight[0, 0, 0, 0] = -4 * qmax  # the largest: negative
+    assert torch.equal(Absmax(bits)(weight), torch.fake_quantize_per_tensor_affine(weight, 4.0, 0, -qmax, qmax))
+    assert quantize(weight, Absmax(bits).params(weight)).min() == -qmax
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -182,10 +178,9 @@ def test_range_is_where_the_levels_end():
     for quantizer, ends in [
         (EMA(3, 0.5, 2.0), (0.5, 2.0)), (PACT(3, 2.5), (0, 2.5)), (LSQPlus(3, 0.5, -0.75, n=1), (-0.75, 2.75)),
         (LSQ(3, 0.5, n=1), (-2, 1.5)), (LSQ(3, 0.5, n=1, signed=False), (0, 3.5)),
-        (LSQ(3, torch.tensor([0.5, 1.0]), n=1), (-4, 3)),
     ]:
         assert quantizer.range() == ends
-        if not isinstance(quantizer, EMA) and quantizer.params().axis is None:
+        if not isinstance(quantizer, EMA):
             x_hat = quantizer(VALUES)
             assert (x_hat.min(), x_hat.max()) == ends
 
@@ -201,8 +196,7 @@ def test_gradient_mask_equals_torch_where_ranges_are_observed(bits):
     assert torch.equal(grad, mask)
     assert 0 < mask.sum() < mask.numel()
     weight = normal(4, 5)
-    for per_channel in (False, True):
-        assert torch.equal(gradients(Absmax(bits, per_channel=per_channel), weight, 1.0)[0], torch.ones(4, 5))
+    assert torch.equal(gradients(Absmax(bits), weight, 1.0)[0], torch.ones(4, 5))
 
 
 def ste_formula(v, s, qn, qp):
@@ -241,25 +235,14 @@ def test_lsq_clips_before_it_rounds():
     assert by_name["scale"].item() == 1 - 2
 
 
-def test_lsq_per_channel_is_lsq_of_each_channel():
-    weight, weights = normal(3, 2, 4, 4), normal(3, 2, 4, 4, seed=1)
-    scales = [0.1, 0.4, 1.6]
-    grad, by_name = gradients(LSQ(3, torch.tensor(scales), n=32), weight, weights)
-    for i, s in enumerate(scales):
-        one, one_by_name = gradients(LSQ(3, s, n=32), weight[i], weights[i])
-        assert torch.equal(grad[i], one)
-        torch.testing.assert_close(by_name["scale"][i], one_by_name["scale"])
-        assert torch.equal(LSQ(3, torch.tensor(scales), n=32)(weight)[i], LSQ(3, s, n=32)(weight[i]))
-
-
 @PROPERTY
-@given(FLOATS, STEPS, st.integers(2, 8), st.floats(0, 2))
-def test_pact_gradients(x, alpha, bits, weight_decay):
+@given(FLOATS, STEPS, st.integers(2, 8))
+def test_pact_gradients(x, alpha, bits):
     weights = normal(*x.shape)
-    dx, by_name = gradients(PACT(bits, alpha, weight_decay=weight_decay), x, weights)
+    dx, by_name = gradients(PACT(bits, alpha), x, weights)
     alpha = torch.tensor(alpha)
     torch.testing.assert_close(dx, weights * ((x >= 0) & (x < alpha)))
-    torch.testing.assert_close(by_name["alpha"], (weights * (x >= alpha)).sum() + weight_decay * alpha)
+    torch.testing.assert_close(by_name["alpha"], (weights * (x >= alpha)).sum())
 
     y = 0.5 * (x.abs() - (x - alpha).abs() + alpha)  # the paper's equations 1 and 2
     steps = (2**bits - 1) / alpha
@@ -347,8 +330,8 @@ def test_ema_equals_torch_observer():
 
 def test_ema_goes_on_from_calibration():
     images = data().train_images[:200]
-    prepared = prepare(folded(), "Jacob", images, weight_bits=8, activation_bits=8, momentum=0.2)
-    observer = MovingAverageMinMaxObserver(averaging_constant=0.2)
+    prepared = prepare(folded(), "Jacob", images, weight_bits=8, activation_bits=8)
+    observer = MovingAverageMinMaxObserver(averaging_constant=0.01)
     for batch in (*ptq.observe(folded(), images)["linear"], normal(7, 64)):
         observer(batch)
     prepared.linear.train()(normal(7, 64))
@@ -378,6 +361,40 @@ def test_the_moving_average_keeps_no_graph():
     assert not ema.ends.requires_grad
 
 
+# What is refused leaves all as it was
+
+
+@pytest.mark.parametrize("x, message", [
+    ([1.0, math.nan], "must be finite, got 1 NaN"), ([math.inf, 1.0], "must be finite, got 0 NaN and 1 infinite"),
+    ([], "must not be empty"),
+])
+@pytest.mark.parametrize("make", [
+    lambda: EMA(4, 0.0, 1.0), lambda: EMA(4, 0.0, 1.0, start_delay=9), lambda: PACT(4, 1.0), lambda: LSQ(4, 1.0, n=1),
+    lambda: LSQPlus(4, 1.0, 0.0, n=1), lambda: Absmax(4),
+], ids=["EMA", "EMA delayed", "PACT", "LSQ", "LSQ+", "Absmax"])
+def test_bad_values_are_refused_before_anything_moves(make, x, message):
+    quantizer = make().train()
+    before = snapshot(quantizer)
+    with pytest.raises(ValueError, match=message):
+        quantizer(torch.tensor(x))
+    assert_unchanged(quantizer, before)
+
+
+def test_a_range_that_no_step_can_span_is_refused_before_it_moves():
+    ema = EMA(4, 0.0, 1.0, momentum=1.0)
+    with pytest.raises(ValueError, match="beta - alpha must be finite"):
+        ema(torch.tensor([-3e38, 3e38]))
+    assert ema.range() == (0.0, 1.0) and ema.steps == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float64, torch.bool])
+def test_quantizers_take_numbers_of_any_type(dtype):
+    x = torch.tensor([0, 1, 3]).to(dtype)
+    for quantizer in (EMA(4, 0.0, 2.0).eval(), PACT(4, 2.0), LSQ(4, 0.5, n=1), LSQPlus(4, 0.5, 0.0, n=1), Absmax(4)):
+        torch.testing.assert_close(quantizer(x).float(), quantizer(x.float()))
+        quantizer.train()(x)
+
+
 # Layers and networks
 
 
@@ -385,7 +402,7 @@ def test_layer_is_the_composition():
     conv, fc = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), nn.Linear(5, 3, bias=False)
     x, y = normal(2, 4, 8, 8), normal(2, 5)
     for weight_bits in (3, 8):
-        weights, inputs = Absmax(weight_bits, per_channel=True), LSQ(4, 0.3, n=1)
+        weights, inputs = Absmax(weight_bits), LSQ(4, 0.3, n=1)
         expected = conv2d(inputs(x), weights(conv.weight), conv.bias, stride=2, padding=1, groups=2)
         assert torch.equal(QATLayer(conv, weights, inputs)(x), expected)
         assert torch.equal(QATLayer(fc, weights, inputs)(y), linear(inputs(y), weights(fc.weight)))
@@ -403,12 +420,11 @@ def test_gradients_reach_the_float_weights_and_the_bias():
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("per_channel", [False, True])
-def test_prepare_replaces_every_layer_and_leaves_the_model(scheme, per_channel):
+def test_prepare_replaces_every_layer_and_leaves_the_model(scheme):
     model = folded()
     before = snapshot(model)
     images = data().train_images[:100]
-    prepared = prepare(model, scheme, images, weight_bits=3, activation_bits=5, per_channel=per_channel)
+    prepared = prepare(model, scheme, images, weight_bits=3, activation_bits=5)
     assert_unchanged(model, before)
     assert not any(module.training for module in prepared.modules())
     assert list(ranges(prepared)) == list(ptq.layers(model))
@@ -417,8 +433,6 @@ def test_prepare_replaces_every_layer_and_leaves_the_model(scheme, per_channel):
         assert type(replaced) is QATLayer and torch.equal(replaced.layer.weight, layer.weight)
         assert (replaced.weight_quantizer.bits, replaced.input_quantizer.bits) == (3, 5)
         assert type(replaced.weight_quantizer) is (LSQ if scheme in ("LSQ", "LSQ+") else Absmax)
-        params = replaced.weight_quantizer.params(replaced.layer.weight)
-        assert params.scale.shape == ((len(layer.weight),) if per_channel else ())
     shared = {id(p) for p in model.parameters()} & {id(p) for p in prepared.parameters()}
     assert not shared and all(p.requires_grad for p in prepared.parameters())
 
@@ -428,9 +442,9 @@ def test_where_the_ranges_start():
     x = ptq.observe(model, images)["2"]
     inputs, weight = torch.cat(x), model[2].weight.detach()
 
-    def second_layer(scheme, **options):
+    def second_layer(scheme):
         positive = images if scheme != "PACT" else images.abs()
-        return prepare(model, scheme, positive, weight_bits=3, activation_bits=4, **options)[2]
+        return prepare(model, scheme, positive, weight_bits=3, activation_bits=4)[2]
 
     assert second_layer("Jacob").input_quantizer.range() == calibration.moving_minmax(x)
     pact_inputs = torch.cat(ptq.observe(model, images.abs())["2"])
@@ -441,9 +455,6 @@ def test_where_the_ranges_start():
     torch.testing.assert_close(layer.weight_quantizer.scale.detach(), 2 * weight.abs().mean() / math.sqrt(3))
     assert layer.input_quantizer.gradient_scale == pytest.approx(1 / math.sqrt(6 * 15))
     assert layer.weight_quantizer.gradient_scale == pytest.approx(1 / math.sqrt(18 * 3))
-    channels = second_layer("LSQ", per_channel=True).weight_quantizer
-    torch.testing.assert_close(channels.scale.detach(), 2 * weight.abs().mean(1) / math.sqrt(3))
-    assert channels.gradient_scale == pytest.approx(1 / math.sqrt(6 * 3))
 
     layer = second_layer("LSQ+")
     assert layer.input_quantizer.range() == pytest.approx(calibration.mse(inputs, 4), rel=1e-6)
@@ -475,11 +486,72 @@ def test_a_layer_used_twice_stays_one():
     assert quantized[0] is quantized[2]
 
 
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.b.weight, self.b.bias = self.a.weight, self.a.bias
+
+    def forward(self, x):
+        return self.b(input=self.a(x).relu())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_shared_parameters_stay_shared(scheme):
+    prepared = prepare(Tied(), scheme, normal(50, 4).abs(), weight_bits=4, activation_bits=4).train()
+    a, b = prepared.a.layer, prepared.b.layer
+    assert a.weight is b.weight and a.bias is b.bias and prepared.a.weight_quantizer is not prepared.b.weight_quantizer
+    optimizer = torch.optim.SGD(prepared.parameters(), 0.01)
+    prepared(normal(50, 4)).square().sum().backward()
+    optimizer.step()
+    x = normal(5, 4)
+    converted = convert(prepared)
+    if scheme != "LSQ+":
+        assert torch.equal(converted(x), prepared.eval()(x))
+    assert not torch.equal(a.weight, converted.a.layer.weight)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_layer_called_at_two_sizes(scheme):
+    conv = nn.Conv2d(2, 2, 3)
+    conv.weight.data.abs_()
+    x = normal(8, 2, 8, 8).abs()
+    prepared = prepare(nn.Sequential(conv, nn.ReLU(), conv), scheme, x, weight_bits=8, activation_bits=8)
+    assert prepared(x).shape == (8, 2, 4, 4)
+    if scheme.startswith("LSQ"):  # of one image: both calls
+        assert prepared[0].input_quantizer.gradient_scale == pytest.approx(1 / math.sqrt(2 * (64 + 36) * 255))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("size", [1e-30, 1e-14, 1e25])
+def test_tiny_and_huge_data_keep_their_levels(scheme, size):
+    model, x = nn.Sequential(nn.Linear(4, 3, bias=False)), normal(50, 4).abs()
+    expected = prepare(model, scheme, x, weight_bits=4, activation_bits=4)(x)
+    y = prepare(model, scheme, x * size, weight_bits=4, activation_bits=4)(x * size)
+    torch.testing.assert_close(y / size, expected, rtol=1e-3, atol=1e-3)
+    model[0].weight.data *= size
+    tiny = prepare(model, scheme, x, weight_bits=4, activation_bits=4)
+    torch.testing.assert_close(tiny(x) / size, expected, rtol=1e-3, atol=1e-3)
+    tiny.train()(x).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in tiny.parameters())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_models_in_double(scheme):
+    model, x = small_model().double(), normal(50, 4).double()
+    prepared = prepare(model, scheme, x.abs(), weight_bits=4, activation_bits=4)
+    assert all(tensor.dtype == torch.float64 for tensor in prepared.state_dict().values() if tensor.is_floating_point())
+    quantized = convert(prepared)
+    assert prepared(x).dtype == quantized(x).dtype == torch.float64
+    if scheme != "LSQ+":
+        assert torch.equal(quantized(x), prepared(x))
+    prepared.train()(x).sum().backward()
+
+
 @pytest.mark.parametrize("scheme", ["Jacob", "PACT", "LSQ"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("per_channel", [False, True])
-def test_converted_equals_prepared(scheme, bits, per_channel):
-    prepared = prepared_digits(scheme, bits, bits, epochs=1, images=128, per_channel=per_channel, start_delay=1)
+def test_converted_equals_prepared(scheme, bits):
+    prepared = prepared_digits(scheme, bits, bits, epochs=1, images=128, start_delay=1)
     before = snapshot(prepared.train())
     quantized = convert(prepared)
     assert_unchanged(prepared, before)
@@ -524,16 +596,11 @@ def test_training_mends_what_quantization_broke(scheme):
     prepared = prepared_digits(scheme, 3, 3)
     broken = percent(prepared)
     before = ranges(prepared)
-    images, labels, *_ = data()
-    losses = [step.loss for step in train(prepared, images, labels, epochs=2, lr=0.01, seed=0)]
+    images, labels = data().train_images[:512], data().train_labels[:512]
+    losses = [step.loss for step in train(prepared, images, labels, epochs=3, lr=0.01, seed=0)]
     assert sum(losses[-5:]) < sum(losses[:5])
     assert percent(prepared) > max(80, broken + 10)
     assert ranges(prepared)["linear"] != before["linear"]
-
-
-def test_pact_weight_decay_draws_alpha_in():
-    free, decayed = (prepared_digits("PACT", 4, 4, epochs=1, weight_decay=decay) for decay in (0.0, 10.0))
-    assert all(ranges(decayed)[name][1] < ranges(free)[name][1] for name in ranges(free))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -564,21 +631,24 @@ def test_a_prepared_network_can_be_copied_and_restored():
     (lambda: EMA(0, 0.0, 1.0), "bits must be an integer from 2 to 8, got 0"),
     (lambda: PACT(9, 1.0), "bits must be an integer from 2 to 8, got 9"),
     (lambda: LSQPlus("4", 1.0, 0.0, n=1), "bits must be an integer from 2 to 8, got '4'"),
-    (lambda: PACT(4, 0.0), "alpha must be more than 0 and finite, got 0.0"),
-    (lambda: PACT(4, -1.0), "alpha must be more than 0 and finite, got -1.0"),
-    (lambda: PACT(4, math.inf), "alpha must be more than 0 and finite, got inf"),
-    (lambda: PACT(4, math.nan), "alpha must be more than 0 and finite, got nan"),
-    (lambda: PACT(4, 1.0, weight_decay=-0.1), "weight_decay must be at least 0 and finite, got -0.1"),
-    (lambda: PACT(4, 1.0, weight_decay=math.nan), "weight_decay must be at least 0 and finite, got nan"),
-    (lambda: LSQ(4, 0.0, n=1), "scale must be more than 0 and finite, got 0.0"),
-    (lambda: LSQ(4, torch.tensor([1.0, -1.0]), n=1), "scale must be more than 0 and finite, got [1.0, -1.0]"),
+    (lambda: PACT(4, 0.0), "alpha must be at least 1e-36 and finite, got 0.0"),
+    (lambda: PACT(4, -1.0), "alpha must be at least 1e-36 and finite, got -1.0"),
+    (lambda: PACT(4, math.inf), "alpha must be at least 1e-36 and finite, got inf"),
+    (lambda: PACT(4, math.nan), "alpha must be at least 1e-36 and finite, got nan"),
+    (lambda: LSQ(4, 0.0, n=1), "scale must be at least 1e-36 and finite, got 0.0"),
+    (lambda: LSQ(4, torch.tensor([1.0, -1.0]), n=1), "scale must be at least 1e-36 and finite, got [1.0, -1.0]"),
     (lambda: LSQ(4, 1.0, n=0), "n must be an integer of at least 1, got 0"),
-    (lambda: LSQPlus(4, -1.0, 0.0, n=1), "scale must be more than 0 and finite, got -1.0"),
+    (lambda: LSQPlus(4, -1.0, 0.0, n=1), "scale must be at least 1e-36 and finite, got -1.0"),
     (lambda: LSQPlus(4, 1.0, math.nan, n=1), "offset must be finite, got nan"),
     (lambda: LSQPlus(4, 1.0, 0.0, n=2.5), "n must be an integer of at least 1, got 2.5"),
-    (lambda: EMA(4, 1.0, 0.0), "alpha must be at most beta and both finite, got 1.0 and 0.0"),
-    (lambda: EMA(4, math.nan, 0.0), "alpha must be at most beta and both finite, got nan and 0.0"),
-    (lambda: EMA(4, 0.0, math.inf), "alpha must be at most beta and both finite, got 0.0 and inf"),
+    (lambda: PACT(4, "1"), "alpha must be a number, got '1'"),
+    (lambda: PACT(4, [1.0, 2.0]), "alpha must be at least 1e-36 and finite, got [1.0, 2.0]"),
+    (lambda: LSQ(4, 1e-37, n=1), "scale must be at least 1e-36 and finite, got "),
+    (lambda: LSQPlus(4, 1.0, 1e39, n=1), "offset must be finite, got inf"),
+    (lambda: EMA(4, -3e38, 3e38), "beta - alpha must be finite"),
+    (lambda: EMA(4, 1.0, 0.0), "alpha must be at most beta, got 1.0 and 0.0"),
+    (lambda: EMA(4, math.nan, 0.0), "alpha must be finite, got nan"),
+    (lambda: EMA(4, 0.0, math.inf), "beta must be finite, got inf"),
     (lambda: EMA(4, 0.0, 1.0, momentum=0), "momentum must be more than 0 and at most 1, got 0"),
     (lambda: EMA(4, 0.0, 1.0, momentum=1.5), "momentum must be more than 0 and at most 1, got 1.5"),
     (lambda: EMA(4, 0.0, 1.0, momentum="slow"), "momentum must be more than 0 and at most 1, got 'slow'"),
@@ -588,6 +658,23 @@ def test_a_prepared_network_can_be_copied_and_restored():
 def test_quantizers_refuse(make, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make()
+
+
+class Half(nn.Module):
+    """One of its layers is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return linear(self.a(x), self.b.weight)
+
+
+def pruned(model):
+    prune.l1_unstructured(model[2], "weight", 0.5)
+    ptq.observe(model, torch.ones(1, 4))  # torch cannot copy it before
+    return model
 
 
 class Embedded(nn.Module):
@@ -612,11 +699,12 @@ class Embedded(nn.Module):
     ({"images": [[0.0] * 4]}, "images must be a torch tensor, got list"),
     ({"model": nn.Sequential(nn.ReLU(), nn.Flatten())}, "model must hold a Linear or Conv2d layer, got none"),
     ({"model": Embedded()}, "model must hold no weights outside of Linear and Conv2d, got Embedding at 'embedding'"),
+    *(({"model": Half(), "scheme": s}, "model must call each of its layers, but 'b' received") for s in SCHEMES),
+    ({"model": pruned(small_model())}, "model must not be pruned, but '2' is"),
+    ({"model": small_model().bfloat16()}, "layer '0' must have weights in float32 or float64, got torch.bfloat16"),
     ({"model": digits.load(), "images": torch.zeros(1, 1, 8, 8)}, "call fold_batch_norm first"),
     ({"scheme": "PACT", "images": -torch.ones(5, 4)}, "PACT clips what is below 0, but '0' receives -1"),
-    ({"scheme": "Jacob", "momentum": 0}, "must be more than 0 and at most 1, got 0"),
     ({"scheme": "Jacob", "start_delay": -1}, "start_delay must be an integer of at least 0, got -1"),
-    ({"scheme": "PACT", "weight_decay": -1}, "weight_decay must be at least 0 and finite, got -1"),
 ], ids=lambda value: None if isinstance(value, dict) else value)
 def test_prepare_refuses_and_leaves_the_model(changes, message):
     arguments = {"model": small_model(), "scheme": "LSQ", "images": torch.ones(5, 4), "weight_bits": 4,
@@ -629,9 +717,20 @@ def test_prepare_refuses_and_leaves_the_model(changes, message):
 
 def test_prepare_refuses_what_is_quantized_already():
     prepared = prepare(small_model(), "Jacob", normal(5, 4), weight_bits=4, activation_bits=4)
-    for model, message in [(prepared, "it is prepared already"), (convert(prepared), "is quantized already")]:
+    for model, message in [(prepared, "already: QATLayer"), (convert(prepared), "already: QuantizedLayer")]:
         with pytest.raises(ValueError, match=message):
             prepare(model, "Jacob", normal(5, 4), weight_bits=4, activation_bits=4)
+
+
+def test_hooks_that_came_after_prepare_are_refused():
+    x = normal(5, 4)
+    doubled, masked = (prepare(small_model(), "LSQ", x, weight_bits=4, activation_bits=4) for _ in range(2))
+    doubled[2].register_forward_hook(lambda module, inputs, output: 2 * output)
+    with pytest.raises(ValueError, match="no hooks on its layers, which would be lost, got some on '2'"):
+        convert(doubled)
+    prune.l1_unstructured(masked[0].layer, "weight", 0.5)
+    with pytest.raises(ValueError, match="layer must get no hooks after prepare"):
+        masked(x)
 
 
 @pytest.mark.parametrize("function", [convert, ranges])
@@ -642,9 +741,6 @@ def test_models_that_are_not_prepared_are_refused(function):
 
 def test_lower_ends_that_are_learned_hardly_leave_0():
     """As lesson 04 says."""
-    images, labels, *_ = data()
-    learner = prepare(ptq.fold_batch_norm(digits.load()), "LSQ+", images[:256], weight_bits=3, activation_bits=3)
-    for _ in train(learner, images, labels, epochs=10, lr=0.01, seed=0):
-        pass
+    learner = prepared_digits("LSQ+", 3, 3, epochs=20)
     assert any(low for low, _ in ranges(learner).values())
     assert all(abs(low) < 0.05 * high for low, high in ranges(learner).values())
