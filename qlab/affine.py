@@ -669,10 +669,9 @@ def _check_axis(axis, x):
 
 
 def _check_group_size(group_size, x):
-    size, length = check_integer(group_size, "group_size", 1), x.shape[-1] if x.ndim else 0
-    if length == 0 or length % size:
+    size, length = check_integer(group_size, "group_size", None), x.shape[-1] if x.ndim else 0
+    if length == 0 or size < 1 or length % size:
         raise ValueError(f"group_size must divide the last axis of an array of shape {tuple(x.shape)}, got {size}")
-    return size
 
 
 def _short(value):
