@@ -8,6 +8,7 @@ Symbols: x real value, q integer code, x̂ dequantized value, s scale, z zero-po
 b bits.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from array_api_compat import is_array_api_obj, is_torch_array
 MIN_BITS, MAX_BITS = 2, 16
 LARGEST_END = float(np.finfo(np.float32).max) / 2  # the levels of any range up to here are finite in float32
 _EXACT_IN_FLOAT32 = 2**24  # integers up to here
+_INT32_MIN, _INT32_MAX = -(2**31), 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class QParams:
     scale : float array, > 0
         Step between neighbouring levels, in the units of the data: 0-d for a whole tensor, of shape ``(C,)`` per
         axis, of shape ``(..., n / group_size)`` per group. A Python number becomes float32; codes are computed in the
-        wider one of the dtypes of the scale and the data.
+        wider one of the dtypes of the scale and the data (in torch, a 0-d scale leaves it to the data).
     zero_point : int32 array
         The code that means 0. Same shape as ``scale``.
     qmin, qmax : int
@@ -42,8 +44,9 @@ class QParams:
     Raises
     ------
     ValueError
-        If a scale is not finite and positive (in float32, for a Python number), ``qmin >= qmax``, a limit is not in
-        int32, a zero-point is outside [qmin, qmax], or both ``axis`` and ``group_size`` are given.
+        If a scale is not finite and positive (in float32, for a Python number), a level is not finite in the dtype of
+        the scale, ``qmin >= qmax``, a limit is not in int32, a zero-point is not an integer within [qmin, qmax], or
+        both ``axis`` and ``group_size`` are given.
 
     Examples
     --------
@@ -66,23 +69,26 @@ class QParams:
         xp = array_namespace(scale)
         if not bool(xp.all((scale > 0) & xp.isfinite(scale))):
             raise ValueError(f"scale must be greater than 0 and finite in {scale.dtype}, got {_short(self.scale)}")
-        whole = all(isinstance(limit, (int, np.integer)) for limit in (self.qmin, self.qmax))
-        if not whole or not -(2**31) <= self.qmin < self.qmax < 2**31:
-            raise ValueError(f"qmin must be an integer less than the integer qmax, both within int32, "
-                             f"got {self.qmin} and {self.qmax}")
+        qmin = check_integer(self.qmin, "qmin", _INT32_MIN, _INT32_MAX - 1)
+        qmax = check_integer(self.qmax, "qmax", qmin + 1, _INT32_MAX)
         if self.axis is not None and self.group_size is not None:
             raise ValueError(f"axis and group_size exclude each other, got {self.axis} and {self.group_size}")
-        zero_point = real_array(self.zero_point, "zero_point")
-        zxp = array_namespace(zero_point)
-        inside = (zero_point >= self.qmin) & (zero_point <= self.qmax) & (zero_point == zxp.round(zero_point))
-        if not bool(zxp.all(inside)):
-            raise ValueError(f"zero_point must be an integer from {self.qmin} to {self.qmax}, got {self.zero_point}")
-        zero_point = xp.asarray(np.asarray(self.zero_point) if xp is np else self.zero_point, dtype=xp.int32)
+        zero_point = plain_array(self.zero_point, "zero_point")
+        boolean = str(zero_point.dtype).endswith("bool")
+        zero_point = xp.astype(_like(scale, real_array(zero_point, "zero_point")), xp.float64)  # holds all of int32
+        whole = (zero_point >= qmin) & (zero_point <= qmax) & (zero_point == xp.round(zero_point))
+        if boolean or not bool(xp.all(whole)):
+            raise ValueError(f"zero_point must be an integer from {qmin} to {qmax}, got {_short(self.zero_point)}")
         if tuple(zero_point.shape) != tuple(scale.shape):
             raise ValueError(f"zero_point must have the shape of scale, {tuple(scale.shape)}, "
                              f"got {tuple(zero_point.shape)}")
-        object.__setattr__(self, "scale", scale)
-        object.__setattr__(self, "zero_point", zero_point)
+        steps = xp.maximum(zero_point - qmin, qmax - zero_point)
+        if not bool(xp.all(scale <= xp.finfo(scale.dtype).max / steps)):
+            raise ValueError(f"scale must give levels that are finite in {scale.dtype}, got {_short(self.scale)} "
+                             f"with codes from {qmin} to {qmax}")
+        values = {"scale": scale, "zero_point": xp.astype(zero_point, xp.int32), "qmin": qmin, "qmax": qmax}
+        for field, value in values.items():
+            object.__setattr__(self, field, value)
 
     def __repr__(self):
         what = f"scale={_short(self.scale)}, zero_point={_short(self.zero_point)}, qmin={self.qmin}, qmax={self.qmax}"
@@ -266,7 +272,8 @@ def quantize(x, params):
     """
     x = real_array(x, "x")
     xp = array_namespace(x)
-    return xp.astype(_codes(x, params, *_broadcast(params, x, xp), xp), xp.int32)
+    scale, zero_point = _broadcast(params, x, xp)
+    return xp.astype(_codes(xp.round(_in_steps(x, scale, params, xp)), zero_point, params, xp), xp.int32)
 
 
 def dequantize(q, params):
@@ -294,7 +301,7 @@ def dequantize(q, params):
     q = real_array(q, "q")
     xp = array_namespace(q)
     scale, zero_point = _broadcast(params, q, xp)
-    return scale * (xp.astype(q, scale.dtype) - zero_point)
+    return scale * xp.astype(xp.astype(q, xp.float64) - zero_point, scale.dtype)
 
 
 def fake_quantize(x, params):
@@ -331,8 +338,13 @@ def fake_quantize(x, params):
     x = real_array(x, "x")
     xp = array_namespace(x)
     scale, zero_point = _broadcast(params, x, xp)
-    q = _codes(x, params, scale, zero_point, xp)
-    return scale * (xp.astype(q, scale.dtype) - zero_point)
+    u = _in_steps(x, scale, params, xp)
+    rounded = xp.round(u)
+    if is_torch_array(u) and u.requires_grad:
+        if not _slopes_are_finite(u, scale, xp):
+            return _with_slopes(x, scale, u.detach(), _codes(rounded.detach(), zero_point, params, xp) - zero_point, xp)
+        rounded = u + (rounded - u).detach()  # straight through: the value is exact, the gradient that of u
+    return scale * xp.astype(_codes(rounded, zero_point, params, xp) - zero_point, scale.dtype)
 
 
 def mse(x, y):
@@ -349,7 +361,7 @@ def mse(x, y):
     Raises
     ------
     ValueError
-        If the shapes differ, or an array is empty or has a NaN or infinity.
+        If the shapes differ, an array is empty or has a NaN or infinity, or the error is beyond float64.
 
     Examples
     --------
@@ -358,7 +370,11 @@ def mse(x, y):
     0.000298
     """
     x, y, xp = _same_shape(x, y)
-    return xp.mean((x - y) ** 2)
+    with np.errstate(over="ignore"):
+        error = xp.mean((x - y) ** 2)
+    if not bool(xp.isfinite(error)):
+        raise ValueError(f"x and y must have a mean squared error that float64 holds, got {_short(x)} and {_short(y)}")
+    return error
 
 
 def sqnr_db(x, y):
@@ -379,7 +395,7 @@ def sqnr_db(x, y):
     Raises
     ------
     ValueError
-        As `mse`.
+        If the shapes differ, or an array is empty or has a NaN or infinity.
 
     Examples
     --------
@@ -387,11 +403,13 @@ def sqnr_db(x, y):
     20.00 dB
     """
     x, y, xp = _same_shape(x, y)
-    noise = xp.sum((x - y) ** 2)
+    far = max(float(xp.max(xp.abs(x))), float(xp.max(xp.abs(y)))) > 2.0**1000
+    x, y = (x / 4, y / 4) if far else (x, y)  # their difference is finite
+    (signal, signal_unit), (noise, noise_unit) = _sum_of_squares(x, xp), _sum_of_squares(x - y, xp)
     if float(noise) == 0:
         return noise + np.inf
     with np.errstate(divide="ignore"):
-        return 10 * xp.log10(xp.sum(x**2) / noise)
+        return 10 * xp.log10(signal / noise) + 20 * math.log10(2) * (signal_unit - noise_unit)
 
 
 def error_split(x, params):
@@ -433,6 +451,12 @@ def error_split(x, params):
     return ErrorSplit(rounding=mse(inside, x_hat), clipping=mse(x, inside))
 
 
+def _sum_of_squares(x, xp):
+    """Σ (x / 2ⁿ)², and n: 0, but where the squares would leave float64."""
+    n = 512 * round(math.frexp(float(xp.max(xp.abs(x))))[1] / 512)
+    return xp.sum((x * 2.0**-n if n else x) ** 2), n
+
+
 def _params(alpha, beta, bits, *, symmetric=False, narrow=False, signed=True, axis=None, group_size=None):
     """Parameters for observed ends ``alpha <= beta``, float arrays of one shape."""
     bits = check_bits(bits)
@@ -453,16 +477,34 @@ def _params(alpha, beta, bits, *, symmetric=False, narrow=False, signed=True, ax
     return QParams(scale, xp.astype(zero_point, xp.int32) + shift, qmin + shift, qmax + shift, axis, group_size)
 
 
-def _codes(x, params, scale, zero_point, xp):
-    """Codes as floats, on the way to an integer type or straight back to real values."""
-    if max(-params.qmin, params.qmax) > _EXACT_IN_FLOAT32:
+def _in_steps(x, scale, params, xp):
+    """x / s, which may be infinite."""
+    if _has_wide_codes(params):
         x = xp.astype(x, xp.float64)
     with np.errstate(over="ignore"):
-        u = x / scale
-    rounded = xp.round(u)
-    if is_torch_array(u) and u.requires_grad:
-        rounded = u + (rounded - u).detach()  # straight through: the value is exact, the gradient that of u
+        return x / scale
+
+
+def _codes(rounded, zero_point, params, xp):
+    """Codes as floats, on the way to an integer type or straight back to real values."""
     return xp.clip(rounded + zero_point, params.qmin, params.qmax)
+
+
+def _has_wide_codes(params):
+    return max(-params.qmin, params.qmax) > _EXACT_IN_FLOAT32
+
+
+def _slopes_are_finite(u, scale, xp):
+    """Whether u / s, by which torch differentiates x / s, stays within the dtype: it multiplies even a 0 by it."""
+    return float(xp.max(xp.abs(u.detach()))) / float(scale.detach().min()) <= xp.finfo(u.dtype).max
+
+
+def _with_slopes(x, scale, u, steps, xp):
+    """s · steps with the straight-through gradients written out: 1 or 0 for x, steps − u or steps for s."""
+    inside = xp.round(u) == steps
+    slope = xp.astype(xp.where(inside, steps - u, steps), scale.dtype)
+    passed = xp.where(inside, x - x.detach(), xp.zeros_like(x))
+    return scale.detach() * xp.astype(steps, scale.dtype) + (scale - scale.detach()) * slope + passed
 
 
 def _observed_range(x, axis, group_size):
@@ -488,9 +530,8 @@ def _broadcast(params, x, xp):
     if not isinstance(params, QParams):
         raise ValueError(f"params must be QParams, got {_short(params)}")
     scale, zero_point = params.scale, params.zero_point
-    if is_torch_array(x) != is_torch_array(scale):
-        scale, zero_point = xp.asarray(_as_numpy(scale)), xp.asarray(_as_numpy(zero_point))
-    zero_point = xp.astype(zero_point, scale.dtype)
+    scale, zero_point = _like(x, scale), _like(x, zero_point)
+    zero_point = xp.astype(zero_point, xp.float64 if _has_wide_codes(params) else scale.dtype)
     if params.group_size is not None:
         _check_group_size(params.group_size, x)
         expected = (*x.shape[:-1], x.shape[-1] // params.group_size)
@@ -510,27 +551,49 @@ def _broadcast(params, x, xp):
     return scale, zero_point
 
 
-def real_array(x, name):
-    """``x`` as a finite, non-empty array of float32 or float64."""
-    if not is_array_api_obj(x):
-        try:
-            x = np.asarray(x)
-        except (TypeError, ValueError):
-            raise ValueError(f"{name} must be an array of real numbers, got {_short(x)}") from None
+def real_array(x, name, *, finite=True):
+    """``x`` as a non-empty array of float32 or float64, of NumPy or torch; finite, unless asked otherwise."""
+    x = plain_array(x, name)
     xp = array_namespace(x)
     if x.dtype not in (xp.float32, xp.float64):
         if (not is_torch_array(x) and x.dtype.kind not in "biuf") or (is_torch_array(x) and x.is_complex()):
             raise ValueError(f"{name} must be an array of real numbers, got {_short(x)} of dtype {x.dtype}")
         exact_in_float32 = x.dtype.itemsize <= 2
-        x = xp.astype(x, xp.float32 if exact_in_float32 else xp.float64)
+        with np.errstate(over="ignore"):
+            x = xp.astype(x, xp.float32 if exact_in_float32 else xp.float64)
     if 0 in x.shape:
         raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
     # In torch a sum is the quicker test: NaN and infinity show in it. If it overflows, each value is asked.
-    finite = is_torch_array(x) and bool(xp.isfinite(xp.sum(x)))
-    if not finite and not bool(xp.all(xp.isfinite(x))):
+    if finite and not (is_torch_array(x) and bool(xp.isfinite(xp.sum(x)))) and not bool(xp.all(xp.isfinite(x))):
         nan, inf = int(xp.sum(xp.isnan(x))), int(xp.sum(xp.isinf(x)))
         raise ValueError(f"{name} must be finite, got {nan} NaN and {inf} infinite values")
     return x
+
+
+def numpy_array(x, name, *, finite=True):
+    """`real_array` as an array of NumPy, without a gradient."""
+    return as_numpy(real_array(x, name, finite=finite))
+
+
+def plain_array(x, name):
+    """``x`` as an array of NumPy in the machine's byte order, or as a dense torch tensor: the one entrance of all data.
+
+    Its numbers are not looked at.
+    """
+    if is_torch_array(x):
+        if x.is_meta or x.is_quantized or x.is_nested or str(x.layout) != "torch.strided":
+            kind = "quantized" if x.is_quantized else "nested" if x.is_nested else x.layout
+            raise ValueError(f"{name} must be a dense tensor with values, got a {kind} one on device {x.device}")
+        return x
+    if isinstance(x, np.ma.MaskedArray):
+        raise ValueError(f"{name} must be an array without a mask, got {repr(x)[:60]}")
+    if isinstance(x, np.generic):
+        return x
+    try:
+        array = np.asarray(x)
+    except (RuntimeError, TypeError, ValueError):  # rows of different lengths; tensors in a list
+        raise ValueError(f"{name} must be an array of real numbers, got {repr(x)[:60]}") from None
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def array_namespace(*arrays):
@@ -544,10 +607,16 @@ def array_namespace(*arrays):
 def alike(*arrays):
     """The arrays as they are; as torch tensors, if one of them is one."""
     tensor = next(filter(is_torch_array, arrays), None)
-    if tensor is None:
-        return arrays
-    xp = array_namespace(tensor)
-    return tuple(x if is_torch_array(x) else xp.asarray(x) for x in arrays)
+    return arrays if tensor is None else tuple(_like(tensor, x) for x in arrays)
+
+
+def _like(x, array):
+    """``array`` of NumPy or of torch, and on the device, as ``x`` is."""
+    if not is_torch_array(x):
+        return as_numpy(array)
+    if not is_torch_array(array):
+        array = array_namespace(x).asarray(np.array(array, order="C"))  # torch wants it writable, and steps forward
+    return array.to(x.device)
 
 
 def _same_shape(x, y):
@@ -594,31 +663,29 @@ def check_bits(bits):
 
 
 def _check_axis(axis, x):
-    if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)) or not -x.ndim <= axis < x.ndim:
-        allowed = f"an integer from {-x.ndim} to {x.ndim - 1}" if x.ndim else "None"
-        raise ValueError(f"axis must be {allowed} for an array of shape {tuple(x.shape)}, got {axis!r}")
-    return axis % x.ndim
+    if x.ndim == 0:
+        raise ValueError(f"axis must be None for an array of shape (), got {axis!r}")
+    return check_integer(axis, f"axis of an array of shape {tuple(x.shape)}", -x.ndim, x.ndim - 1) % x.ndim
 
 
 def _check_group_size(group_size, x):
-    length = x.shape[-1] if x.ndim else 0
-    whole = isinstance(group_size, (int, np.integer)) and not isinstance(group_size, bool)
-    if not whole or group_size < 1 or length == 0 or length % group_size:
-        raise ValueError(f"group_size must divide the last axis of an array of shape {tuple(x.shape)}, "
-                         f"got {group_size!r}")
+    size, length = check_integer(group_size, "group_size", None), x.shape[-1] if x.ndim else 0
+    if length == 0 or size < 1 or length % size:
+        raise ValueError(f"group_size must divide the last axis of an array of shape {tuple(x.shape)}, got {size}")
 
 
 def _short(value):
     """A number or array in few characters, for messages."""
     if not hasattr(value, "shape"):
         return repr(value)[:60]
-    flat = _as_numpy(value).ravel().tolist()
+    flat = as_numpy(value).ravel().tolist()
     text = [f"{v:.6g}" if isinstance(v, (int, float)) else repr(v)[:60] for v in flat[:3]]
     return text[0] if not value.shape else f"[{', '.join(text)}{', …' if len(flat) > 3 else ''}]"
 
 
-def _as_numpy(x):
-    return np.asarray(x.detach() if is_torch_array(x) else x)
+def as_numpy(x):
+    """``x`` of NumPy or torch as an array of NumPy, without a gradient."""
+    return x.detach().cpu().resolve_neg().numpy() if is_torch_array(x) else x
 
 
 def _if_set(name, value):

@@ -11,7 +11,16 @@ import math
 
 import numpy as np
 
-from qlab.affine import LARGEST_END, ErrorSplit, check_bits, dequantize, range_params, real_array
+from qlab.affine import (
+    LARGEST_END,
+    ErrorSplit,
+    as_numpy,
+    check_bits,
+    dequantize,
+    numpy_array,
+    plain_array,
+    range_params,
+)
 
 _BLOCK = 8  # values per stored prefix sum, so that the sums take two bytes for each value
 _PART = 2**16  # values at a time, where a whole array of float64 would take too much memory
@@ -61,19 +70,18 @@ class ErrorProfile:
     """
 
     def __init__(self, x, *, overwrite_x=False):
-        x = np.asarray(real_array(x, "x"))
-        self.n, (self.min, self.max) = x.size, _ends(x)
-        if max(-self.min, self.max) > LARGEST_END:
-            raise ValueError(f"x must be from {-LARGEST_END:.3g} to {LARGEST_END:.3g}, where ranges may end, "
-                             f"got {self.min:.3g} to {self.max:.3g}")
-        self._x = x.reshape(-1) if overwrite_x else x.flatten()
+        x = numpy_array(x, "x")
+        self.n, (self.min, self.max) = x.size, _reachable_ends(x, "x")
+        self._x = x.reshape(-1) if overwrite_x and x.flags.writeable else x.flatten()
         self._x.sort()
         blocks = self._x[: self._x.size // _BLOCK * _BLOCK].reshape(-1, _BLOCK)
         zero = np.searchsorted(blocks[:, 0], 0)
         self._sums = _running(blocks.sum(axis=1, dtype=np.float64), zero)
         self._squares = _running(np.einsum("ij,ij->i", blocks, blocks, dtype=np.float64), zero)
-        self.mean = float(self._x.mean(dtype=np.float64))
-        self.std = math.sqrt(self._mean_deviation(2))
+        middle = float(self._x[self.n // 2])
+        self.mean = middle + sum(float(part.sum()) for part in self._from(middle)) / self.n
+        self._unit = 2.0**-600 if self.max - self.min < 2.0**-400 else 1.0  # in which no square of a deviation is 0
+        self.std = self._unit * math.sqrt(self._mean_deviation(2))
 
     def __repr__(self):
         return f"ErrorProfile({self.n} values from {self.min:.6g} to {self.max:.6g})"
@@ -112,7 +120,12 @@ class ErrorProfile:
         1.3333333333333333
         """
         bits = check_bits(bits)
-        alpha, beta = np.broadcast_arrays(real_array(alpha, "alpha"), real_array(beta, "beta"))
+        alpha, beta = numpy_array(alpha, "alpha"), numpy_array(beta, "beta")
+        try:
+            alpha, beta = np.broadcast_arrays(alpha, beta)
+        except ValueError:
+            raise ValueError(f"alpha and beta must have shapes that broadcast, got {alpha.shape} and {beta.shape}"
+                             ) from None
         ends = np.stack([alpha.ravel(), beta.ravel()])
         parts = np.empty_like(ends, dtype=np.float64)
         step = max(1, _MOST_LEVELS // 2**bits)
@@ -181,12 +194,15 @@ class ErrorProfile:
 
     def mean_absolute_deviation(self):
         """Mean |x − mean|, in the units of the data."""
-        return self._mean_deviation(1)
+        return self._unit * self._mean_deviation(1)
 
     def _mean_deviation(self, power):
         """Mean |x − mean|^power: from the values, since differences of sums are too coarse where the mean is large."""
-        parts = (np.subtract(self._x[i:i + _PART], self.mean, dtype=np.float64) for i in range(0, self.n, _PART))
-        return sum(float((np.abs(part) ** power).sum()) for part in parts) / self.n
+        return sum(float((np.abs(part / self._unit) ** power).sum()) for part in self._from(self.mean)) / self.n
+
+    def _from(self, centre):
+        """x − centre in float64, some values at a time."""
+        return (np.subtract(self._x[i:i + _PART], centre, dtype=np.float64) for i in range(0, self.n, _PART))
 
     def _squared_error(self, levels):
         """Σ (x − nearest level)² for the values inside the levels and for those outside; levels (k, L) ascending."""
@@ -197,8 +213,7 @@ class ErrorProfile:
         nearest = np.concatenate([levels[:, :1], levels, levels[:, -1:]], axis=1)  # low tail, levels, high tail
         sums, squares = self._sums_below(borders)
         error = np.diff(squares) - 2 * nearest * np.diff(sums) + np.diff(borders) * nearest**2
-        error = np.maximum(error, 0.0)
-        return error[:, 1:-1].sum(axis=1), error[:, 0] + error[:, -1]
+        return np.maximum(error[:, 1:-1].sum(axis=1), 0.0), np.maximum(error[:, 0] + error[:, -1], 0.0)
 
     def _count_below(self, values, or_equal=False):
         """How many values are less than (or equal to) each of ``values``, compared exactly in the data's precision."""
@@ -244,7 +259,7 @@ def minmax(x, *, symmetric=False):
     >>> minmax([5.47, 3.08, -7.59, 0, -1.95, -4.57, 10.8])
     (-7.59, 10.8)
     """
-    low, high = (x.min, x.max) if isinstance(x, ErrorProfile) else _ends(real_array(x, "x"))
+    low, high = (x.min, x.max) if isinstance(x, ErrorProfile) else _ends(numpy_array(x, "x"))
     return _around_zero(max(-low, high)) if symmetric else (low, high)
 
 
@@ -265,7 +280,8 @@ def moving_minmax(batches, averaging_constant=0.01):
     Raises
     ------
     ValueError
-        If there is no batch, one is empty or has a NaN or infinity, or the constant is out of range.
+        If there is no batch, one is empty or has a NaN, an infinity or a magnitude of more than 1.7e38, or the
+        constant is out of range.
 
     References
     ----------
@@ -276,11 +292,14 @@ def moving_minmax(batches, averaging_constant=0.01):
     >>> moving_minmax([[-1.0, 1.0], [-3.0, 11.0]], averaging_constant=0.1)
     (-1.2, 2.0)
     """
-    if not isinstance(averaging_constant, (int, float, np.number)) or not 0 < averaging_constant <= 1:
+    if not _is_number(averaging_constant) or not 0 < averaging_constant <= 1:
         raise ValueError(f"averaging_constant must be more than 0 and at most 1, got {averaging_constant!r}")
+    if not np.iterable(batches):
+        raise ValueError(f"batches must be an iterable of arrays, got {repr(batches)[:60]}")
     average = None
     for batch in batches:
-        values = np.asarray(real_array(batch, "batch"))
+        values = numpy_array(batch, "batch")
+        _reachable_ends(values, "batch")
         ends = np.stack([values.min(), values.max()])
         average = ends if average is None else average + averaging_constant * (ends - average)
     if average is None:
@@ -317,7 +336,7 @@ def percentile(x, p, *, symmetric=False):
     >>> percentile(np.arange(-100.0, 101.0), 95)
     (-90.0, 90.0)
     """
-    if not isinstance(p, (int, float, np.number)) or not 50 < p <= 100:
+    if not _is_number(p) or not 50 < p <= 100:
         raise ValueError(f"p must be more than 50 and at most 100, got {p!r}")
     p, profile = float(p), as_profile(x)
     if symmetric:
@@ -434,7 +453,7 @@ def entropy(x, bits=8):
     levels = min(2 ** (bits - (profile.min < 0)), _KL_BINS)
     candidates = range(levels, _KL_BINS + 1)
     best = min(reversed(candidates), key=lambda i: _divergence(counts, i, levels))
-    threshold = min((best + 0.5) * float(edges[1]), float(edges[-1]))
+    threshold = min((best + 0.5) / _KL_BINS * float(edges[-1]), float(edges[-1]))
     return (0.0, threshold) if profile.min >= 0 else _around_zero(threshold)
 
 
@@ -517,18 +536,43 @@ def _ends(x):
     return float(x.min()), float(x.max())
 
 
+def _reachable_ends(x, name):
+    low, high = _ends(x)
+    if max(-low, high) > LARGEST_END:
+        raise ValueError(f"{name} must be from {-LARGEST_END:.3g} to {LARGEST_END:.3g}, where ranges may end, "
+                         f"got {low:.3g} to {high:.3g}")
+    return low, high
+
+
 def _around_zero(threshold):
     return -threshold, threshold
 
 
 def _running(block_sums, zero):
     """Prefix sums, up to a constant, added from block ``zero`` outwards: small, and so exact, where the values are."""
-    below, above = -np.cumsum(block_sums[:zero][::-1])[::-1], np.cumsum(block_sums[zero:])
+    below, above = -_prefix_sums(block_sums[:zero][::-1])[::-1], _prefix_sums(block_sums[zero:])
     return np.concatenate([below, [0.0], above])
 
 
+def _prefix_sums(x):
+    """Cumulative sums, each as if rounded once: what every addition lost is known exactly (TwoSum), and added too.
+
+    Ogita, Rump and Oishi 2005, "Accurate sum and dot product", algorithms 3.1 and 4.4.
+    """
+    sums = np.cumsum(x)
+    before, after = sums[:-1], sums[1:]
+    added = after - before
+    lost = (before - (after - added)) + (x[1:] - added)
+    after += np.cumsum(lost)
+    return sums
+
+
+def _is_number(value):
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
 def _check_share(q):
-    if not isinstance(q, (int, float, np.number)) or not 0 <= q <= 1:
+    if not _is_number(q) or not 0 <= q <= 1:
         raise ValueError(f"q must be from 0 to 1, got {q!r}")
     return float(q)
 
@@ -536,8 +580,8 @@ def _check_share(q):
 def _check_bins(bins, or_edges=False):
     """``bins`` as an int or as an array of edges; a ValueError unless it is one that is allowed."""
     try:
-        array = np.asarray(bins)
-    except (TypeError, ValueError):  # rows of different lengths
+        array = as_numpy(plain_array(bins, "bins"))
+    except ValueError:
         array = np.array("")
     if array.ndim == 0 and array.dtype.kind in "iu" and array >= 1:
         return int(array)

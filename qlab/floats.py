@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from qlab.affine import as_numpy, check_integer, numpy_array, plain_array
+
 _BLOCK = 2**14  # values at a time, so that they stay in the processor's cache
 
 
@@ -64,17 +66,13 @@ class FloatFormat:
 
     def __post_init__(self):
         for field, most in (("exponent_bits", 11), ("mantissa_bits", 52)):
-            bits = getattr(self, field)
-            if isinstance(bits, bool) or not isinstance(bits, (int, np.integer)) or not 1 <= bits <= most:
-                raise ValueError(f"{field} must be an integer from 1 to {most}, got {bits!r}")
-            object.__setattr__(self, field, int(bits))  # NumPy's integers would overflow
+            # NumPy's integers would overflow.
+            object.__setattr__(self, field, check_integer(getattr(self, field), field, 1, most))
         if self.specials not in ("ieee", "fn", "none"):
             raise ValueError(f"specials must be 'ieee', 'fn' or 'none', got {self.specials!r}")
         if self.bias is None:
             object.__setattr__(self, "bias", 2 ** (self.exponent_bits - 1) - 1)
-        if isinstance(self.bias, bool) or not isinstance(self.bias, (int, np.integer)):
-            raise ValueError(f"bias must be an integer, got {self.bias!r}")
-        object.__setattr__(self, "bias", int(self.bias))
+        object.__setattr__(self, "bias", check_integer(self.bias, "bias", None))
         lowest, highest = 1 - self.bias - self.mantissa_bits, 2**self.exponent_bits - 1 - self.bias
         if lowest < -1074 or highest - (self.specials == "ieee") > 1023:
             raise ValueError(f"bias must keep all numbers within those of FP64, got {self.bias}")
@@ -323,26 +321,22 @@ def _check_format(fmt):
 def _reals(x):
     """``x`` as a float64 array, not empty."""
     try:
-        x = np.asarray(x)
-        if x.dtype == object and all(isinstance(value, (int, float)) for value in x.flat):
-            x = x.astype(np.float64)  # integers of more than 64 bits
-        if x.dtype.kind not in "biuf":
-            raise TypeError
-    except (OverflowError, TypeError, ValueError):
-        raise ValueError(f"x must be real numbers, got {repr(x)[:60]}") from None
-    if x.size == 0:
-        raise ValueError(f"x must not be empty, got shape {x.shape}")
-    return x.astype(np.float64)
+        array = plain_array(x, "x")
+        if array.dtype == object and all(isinstance(value, (int, float)) for value in array.flat):
+            array = array.astype(np.float64)  # integers of more than 64 bits
+    except OverflowError:
+        raise ValueError(f"x must be real numbers within FP64, got {repr(x)[:60]}") from None
+    return numpy_array(array, "x", finite=False).astype(np.float64)
 
 
 def _codes(codes, fmt):
     """``codes`` in the unsigned type of the format."""
     try:
-        array = np.asarray(codes)
+        array = as_numpy(plain_array(codes, "codes"))
         whole = (int, np.integer)
         if array.dtype.kind == "f" and all(isinstance(code, whole) for code in np.asarray(codes, dtype=object).flat):
             array = np.asarray(codes, dtype=np.uint64)  # NumPy makes floats of integers on both sides of 2^63
-    except (OverflowError, TypeError, ValueError):
+    except (OverflowError, ValueError):
         array = np.array("")
     if array.size == 0:
         raise ValueError(f"codes must not be empty, got shape {array.shape}")

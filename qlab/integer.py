@@ -26,16 +26,14 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import nn
 
-from qlab.affine import QParams, dequantize, quantize, real_array
+from qlab.affine import QParams, as_numpy, check_integer, dequantize, numpy_array, plain_array, quantize
 from qlab.ptq import QuantizedLayer
 from qlab.training import evaluating
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 ROUNDINGS = ("even", "up", "gemmlowp")
 _ACTIVATIONS = {nn.ReLU: np.inf, nn.ReLU6: 6.0}  # the values that they cut off at
-_ONNX_OPERATORS = {
-    nn.ReLU: "Relu", nn.ReLU6: "Clip", nn.AdaptiveAvgPool2d: "GlobalAveragePool", nn.Flatten: "Flatten",
-}
+_FOLLOW = (*_ACTIVATIONS, nn.AdaptiveAvgPool2d, nn.Flatten)
 
 
 def quantize_multiplier(m):
@@ -72,7 +70,7 @@ def quantize_multiplier(m):
     >>> print(f"{1992157647 / 2**31 * 2**-7:.10f}")
     0.0072474273
     """
-    m = np.asarray(real_array(m, "m"), np.float64)
+    m = numpy_array(m, "m").astype(np.float64)
     if not (m > 0).all():
         raise ValueError(f"m must be greater than 0, got {m.min():.6g}")
     fraction, exponent = np.frexp(m)  # m = fraction · 2^exponent, with the fraction in [½, 1)
@@ -227,11 +225,12 @@ def accumulate(q1, q2, z1, z2):
     Returns
     -------
     int32 array, shape (..., rows, columns)
+        A sum beyond int32 wraps around, as in hardware. (`convert` refuses networks where one could.)
 
     Raises
     ------
     ValueError
-        If ``q1`` or ``q2`` is not int8 or uint8, or the shapes do not fit.
+        If ``q1`` or ``q2`` is not int8 or uint8, a zero-point is not an integer within int32, or the shapes do not fit.
 
     References
     ----------
@@ -247,10 +246,13 @@ def accumulate(q1, q2, z1, z2):
             raise ValueError(f"{name} must be an int8 or uint8 array, got {getattr(q, 'dtype', type(q).__name__)}")
     if q1.shape[-1:] != q2.shape[-2:-1]:
         raise ValueError(f"q1 and q2 must be (..., rows, N) and (..., N, columns), got {q1.shape} and {q2.shape}")
-    q1, q2, z1, z2 = (np.asarray(value).astype(np.int32) for value in (q1, q2, z1, z2))
-    n = q1.shape[-1]
+    z1, z2 = (_int64(z, name, INT32_MIN, INT32_MAX).astype(np.int32) for name, z in (("z1", z1), ("z2", z2)))
+    q1, q2 = (plain_array(q, name).astype(np.int32) for name, q in (("q1", q1), ("q2", q2)))
+    products, n = q1 @ q2, np.int32(q1.shape[-1])
+    _check_broadcast(products=products, z1=z1, z2=z2)
     sum_q1, sum_q2 = q1.sum(-1, keepdims=True, dtype=np.int32), q2.sum(-2, keepdims=True, dtype=np.int32)
-    return n * z1 * z2 - z1 * sum_q2 - z2 * sum_q1 + q1 @ q2
+    with np.errstate(over="ignore"):  # NumPy warns of it in scalars only
+        return n * z1 * z2 - z1 * sum_q2 - z2 * sum_q1 + products
 
 
 class LayerTrace(NamedTuple):
@@ -396,7 +398,7 @@ class IntegerNet:
 
     def quantize_input(self, images):
         """The int8 codes of real images, shape (N, *input_shape): the only operation on floats."""
-        codes = _numpy(quantize(real_array(images, "images"), self.input_params))
+        codes = as_numpy(quantize(numpy_array(images, "images"), self.input_params))
         self._check_shape(codes, "images")
         return codes.astype(np.int8)
 
@@ -409,7 +411,7 @@ class IntegerNet:
         """A `LayerTrace` for each layer, by name."""
         if getattr(codes, "dtype", None) != np.int8:
             raise ValueError(f"codes must be an int8 array, got {getattr(codes, 'dtype', type(codes).__name__)}")
-        self._check_shape(codes, "codes")
+        self._check_shape(plain_array(codes, "codes"), "codes")
         traces = {}
         for name, layer in self.layers.items():
             traces[name] = layer.run(codes)
@@ -526,10 +528,10 @@ def round_biases(model, dtype=torch.float32):
         codes = quantize(layer.weight, module.weight_params)
         for params in ("weight_params", "input_params"):
             old = getattr(module, params)
-            setattr(module, params, replace(old, scale=torch.as_tensor(_numpy(old.scale)).to(dtype)))
+            setattr(module, params, replace(old, scale=torch.as_tensor(as_numpy(old.scale)).to(dtype)))
         layer.weight.copy_(dequantize(codes, module.weight_params))
         if layer.bias is not None:
-            layer.bias.copy_((layer.bias / unit).round() * unit)
+            layer.bias.copy_((layer.bias.double() / unit).round() * unit)
     return model
 
 
@@ -540,7 +542,8 @@ def simulated_codes(model, images):
     ----------
     model : nn.Sequential
         As in `convert`; or from `round_biases`.
-    images : float32 tensor, shape (N, ...)
+    images : float array, shape (N, ...)
+        Taken as float32.
 
     Returns
     -------
@@ -558,12 +561,11 @@ def simulated_codes(model, images):
     >>> simulated_codes(nn.Sequential(layer), torch.tensor([[0.0, 1.0]]))
     {'0': array([[-128,  127]], dtype=int8)}
     """
-    real_array(images, "images")
-    codes = {}
+    images, codes = torch.tensor(numpy_array(images, "images"), dtype=torch.float32), {}
 
     def recorder(name):
         def record(layer, inputs):
-            codes[name] = _numpy(quantize(inputs[0], layer.input_params)).astype(np.int8)
+            codes[name] = as_numpy(quantize(inputs[0], layer.input_params)).astype(np.int8)
         return record
 
     hooks = [module.register_forward_pre_hook(recorder(name)) for name, module in _modules(model)
@@ -575,108 +577,6 @@ def simulated_codes(model, images):
         for hook in hooks:
             hook.remove()
     return codes
-
-
-def to_onnx(model, input_shape):
-    """The network as an ONNX model in QDQ form, for ONNX Runtime and other engines.
-
-    What enters a layer passes QuantizeLinear and DequantizeLinear; weights and biases are stored as int8 and int32, and
-    pass DequantizeLinear. Engines fuse these nodes and the Conv or Gemm between them into integer kernels.
-
-    Parameters
-    ----------
-    model, input_shape
-        As `convert`.
-
-    Returns
-    -------
-    bytes
-        Input "images", float32 of shape (N, *input_shape); output "logits", float32.
-
-    Raises
-    ------
-    ValueError
-        As `convert`.
-    ImportError
-        If the package onnx is not installed.
-
-    References
-    ----------
-    ONNX operators QuantizeLinear and DequantizeLinear, opset 21. ONNX Runtime, "Quantize ONNX models", section
-    "ONNX quantization representation format".
-
-    Examples
-    --------
-    >>> from qlab.affine import absmax_params, range_params
-    >>> linear = nn.Linear(2, 4)
-    >>> layer = QuantizedLayer(linear, absmax_params(linear.weight.detach()), range_params(0, 1))
-    >>> type(to_onnx(nn.Sequential(layer, nn.ReLU()), input_shape=(2,)))
-    <class 'bytes'>
-    """
-    try:
-        import onnx  # noqa: PLC0415
-    except ImportError as error:
-        raise ImportError("to_onnx needs the package onnx, which qlab[test] installs") from error
-    net = convert(model, input_shape)
-    graph = _Graph(onnx)
-    for name, module in _modules(model):
-        graph.add(name or "layer", module, net.layers.get(name))
-    images = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, ["N", *net.input_shape])
-    logits = onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["N", *net.output_shape])
-    graph.node("Identity", [graph.last], "logits")
-    built = onnx.helper.make_graph(graph.nodes, "qlab", [images], [logits], graph.constants)
-    file = onnx.helper.make_model(built, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
-    onnx.checker.check_model(file, full_check=True)
-    return file.SerializeToString()
-
-
-class _Graph:
-    """Nodes and constants of an ONNX graph that grows at its end."""
-
-    def __init__(self, onnx):
-        self.onnx, self.nodes, self.constants, self.last = onnx, [], [], "images"
-
-    def constant(self, name, value, dtype):
-        self.constants.append(self.onnx.numpy_helper.from_array(np.asarray(value, dtype), name))
-        return name
-
-    def node(self, operator, inputs, output, **attributes):
-        self.nodes.append(self.onnx.helper.make_node(operator, inputs, [output], **attributes))
-        return output
-
-    def add(self, name, module, integers):
-        """The nodes of one module; ``integers`` is its `IntegerLayer`, if it has one."""
-        if integers:
-            inputs = self.layer_inputs(name, module, integers)
-            operator, attributes = "Gemm", {"transB": 1}
-            if integers.weight.ndim == 4:
-                operator, attributes = "Conv", {"strides": integers.stride, "pads": integers.padding * 2,
-                                                "group": integers.groups}
-        else:
-            operator, inputs, attributes = _ONNX_OPERATORS[type(module)], [self.last], {}
-            if operator == "Clip":
-                inputs += [self.constant(f"{name}.{end}", x, np.float32) for end, x in (("min", 0), ("max", 6))]
-        self.last = self.node(operator, inputs, f"{name}.output", **attributes)
-
-    def layer_inputs(self, name, module, integers):
-        """x̂, ŵ and the bias, each out of a DequantizeLinear."""
-        params = module.input_params
-        grid = self.grid(f"{name}.input", params.scale, params.zero_point, np.int8)
-        codes = self.node("QuantizeLinear", [self.last, *grid], f"{name}.input_codes")
-        if (params.qmin, params.qmax) != (-128, 127):
-            limits = [self.constant(f"{name}.{end}", getattr(params, end), np.int8) for end in ("qmin", "qmax")]
-            codes = self.node("Clip", [codes, *limits], f"{name}.clipped_codes")
-        values = [self.node("DequantizeLinear", [codes, *grid], f"{name}.input")]
-        zero_point = module.weight_params.zero_point
-        for part, q, s, z in (("weight", integers.weight, module.weight_params.scale, zero_point),
-                              ("bias", integers.bias, _sum_scale(module), zero_point * 0)):
-            stored = [self.constant(f"{name}.{part}_codes", q, q.dtype), *self.grid(f"{name}.{part}", s, z, q.dtype)]
-            values.append(self.node("DequantizeLinear", stored, f"{name}.{part}", axis=0))
-        return values
-
-    def grid(self, name, scale, zero_point, dtype):
-        return [self.constant(f"{name}_scale", _numpy(scale), np.float32),
-                self.constant(f"{name}_zero_point", _numpy(zero_point), dtype)]
 
 
 @dataclass
@@ -692,9 +592,9 @@ class _Stage:
 
 def _stages(model, input_shape):
     """The model as a list of `_Stage`, and the shape that comes out of it."""
-    shape = tuple(input_shape) if isinstance(input_shape, (tuple, list)) else ()
-    if not shape or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in shape):
-        raise ValueError(f"input_shape must hold integers of at least 1, got {input_shape!r}")
+    if not isinstance(input_shape, (tuple, list)) or not input_shape:
+        raise ValueError(f"input_shape must be a tuple of integers of at least 1, got {input_shape!r}")
+    shape = tuple(check_integer(size, "each size of input_shape", 1) for size in input_shape)
     stages = []
     for name, module in _modules(model):
         stage = stages[-1] if stages else None
@@ -729,7 +629,7 @@ def _modules(model):
         if isinstance(module, QuantizedLayer):
             _check_layer(name, module)
             inside = f"{name}." if name else ""
-        elif type(module) not in _ONNX_OPERATORS:
+        elif type(module) not in _FOLLOW:
             raise ValueError(f"model must be an nn.Sequential of QuantizedLayer, ReLU, ReLU6, AdaptiveAvgPool2d and "
                              f"Flatten, got {type(module).__name__} at {name!r}")
         yield name, module
@@ -742,7 +642,7 @@ def _check_layer(name, module):
         raise ValueError(f"model must have static ranges for all inputs, got {kind} inputs at {name!r}")
     if weights is None:
         raise ValueError(f"model must have quantized weights, got float weights at {name!r}")
-    if inputs.qmin < -128 or inputs.qmax > 127 or _numpy(inputs.scale).ndim:
+    if inputs.qmin < -128 or inputs.qmax > 127 or as_numpy(inputs.scale).ndim:
         raise ValueError(f"model must have one int8 grid for all inputs of a layer, got {inputs} at {name!r}")
     if weights.axis not in (None, 0) or weights.group_size or weights.qmin < -128 or weights.qmax > 127:
         raise ValueError(f"model must have int8 weights with one grid or one for each output, "
@@ -770,19 +670,30 @@ def _output_shape(what, module, shape):
 
 
 def _sum_scale(module):
-    """S₁S₂, the unit of a quantized layer's accumulators and bias: a float64 array, shape () or (outputs,)."""
-    return _numpy(module.weight_params.scale).astype(np.float64) * float(module.input_params.scale)
+    """S₁S₂, the unit of a quantized layer's accumulators and bias: a float64 array, shape () or (outputs,).
+
+    Where all weights are 0 their scale says nothing, and may be far too coarse for the bias, all that comes out: there,
+    another unit holds the bias in 16 bits.
+    """
+    scale = as_numpy(module.weight_params.scale).astype(np.float64) * float(module.input_params.scale)
+    if module.layer.bias is None:
+        return scale
+    dead = (numpy_array(module.layer.weight, "weight") == 0).reshape(module.layer.weight.shape[0], -1).all(1)
+    bias = np.abs(numpy_array(module.layer.bias, "bias"))
+    if scale.ndim == 0:
+        dead, bias = dead.all(), bias.max()
+    return np.where(dead & (bias > 0), np.minimum(scale, bias * 2.0**-15), scale)
 
 
 def _integer_layer(stage, output, rounding):
     """The layer and ``output``, the grid of what comes out: the next layer's, or one for the logits if it is None."""
     module, inputs = stage.layer, stage.layer.input_params
-    weight = _numpy(quantize(module.layer.weight.detach(), module.weight_params))
+    weight = as_numpy(quantize(module.layer.weight.detach(), module.weight_params))
     if weight.min() < -127:
         raise ValueError(f"model must have weights with codes from -127 to 127, got -128 at {stage.name!r}")
-    z1, z2 = np.broadcast_to(_numpy(module.weight_params.zero_point), len(weight)), int(inputs.zero_point)
+    z1, z2 = np.broadcast_to(as_numpy(module.weight_params.zero_point), len(weight)), int(inputs.zero_point)
     scale = _sum_scale(module)
-    bias = np.zeros(len(weight)) if module.layer.bias is None else np.rint(_numpy(module.layer.bias) / scale)
+    bias = np.zeros(len(weight)) if module.layer.bias is None else np.rint(numpy_array(module.layer.bias, "bias") / scale)
 
     low, high = INT32_MIN, INT32_MAX
     if stage.activation:
@@ -794,26 +705,29 @@ def _integer_layer(stage, output, rounding):
         largest_sum = stage.averaged * np.minimum(largest, np.maximum(high, -low))
         largest, scale = np.maximum(largest, largest_sum), scale / stage.averaged
     if largest.max() > INT32_MAX:
-        raise ValueError(f"model must have accumulators that stay within int32 for all inputs, "
+        raise ValueError(f"model must have accumulators that stay within int32 for all inputs, biases included, "
                          f"got up to {largest.max():.4g} at {stage.name!r}")
 
     if output is None:  # per channel: the finest common unit that keeps all logits well within int32
         unit = scale if scale.ndim == 0 else (np.maximum(largest, 1) * scale).max() / 2**29
         output = QParams(unit, 0, INT32_MIN, INT32_MAX)
-    qmin = int(output.zero_point) if stage.activation else output.qmin
-    qmax = int(quantize(np.float32(6), output)) if stage.activation is nn.ReLU6 else output.qmax
-    conv = module.layer if isinstance(module.layer, nn.Conv2d) else None
-    return IntegerLayer(
-        stage.name, stage.input_shape, weight.astype(np.int8), z1, z2, bias.astype(np.int32),
-        (low, high) if stage.averaged else None, *quantize_multiplier(scale / float(output.scale)),
-        int(output.zero_point), qmin, qmax, rounding, *((conv.stride, conv.padding, conv.groups) if conv else ()),
-    ), output
+    m0, shift = quantize_multiplier(scale / float(output.scale))
+    layer = IntegerLayer(
+        name=stage.name, input_shape=stage.input_shape, weight=weight.astype(np.int8), weight_zero_point=z1,
+        input_zero_point=z2, bias=bias.astype(np.int32), clamp=(low, high) if stage.averaged else None,
+        m0=m0, shift=shift, output_zero_point=int(output.zero_point),
+        qmin=int(output.zero_point) if stage.activation else output.qmin,
+        qmax=int(quantize(np.float32(6), output)) if stage.activation is nn.ReLU6 else output.qmax, rounding=rounding)
+    if isinstance(module.layer, nn.Conv2d):
+        options = {name: getattr(module.layer, name) for name in ("stride", "padding", "groups")}
+        layer = replace(layer, **options)
+    return layer, output
 
 
 def _int64(value, name, low, high):
     """``value`` as an int64 array with entries from ``low`` to ``high``."""
     try:
-        array = np.asarray(value)
+        array = as_numpy(plain_array(value, name))
     except ValueError:  # rows of different lengths
         raise ValueError(f"{name} must be an integer or an array of integers, got {repr(value)[:60]}") from None
     if array.dtype.kind not in "iu":
@@ -832,7 +746,3 @@ def _check_broadcast(**arrays):
     except ValueError:
         shapes = ", ".join(f"{array.shape} for {name}" for name, array in arrays.items())
         raise ValueError(f"{', '.join(arrays)} must have shapes that broadcast, got {shapes}") from None
-
-
-def _numpy(x):
-    return np.asarray(x.detach() if isinstance(x, torch.Tensor) else x)

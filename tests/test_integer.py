@@ -2,11 +2,11 @@
 
 import math
 import re
-import sys
 from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from onnx import helper
 from torch import nn
 
-from qlab import digits, ptq
+from qlab import digits, ptq, samples
 from qlab.affine import QParams, absmax_params, dequantize, quantize, range_params, zero_point_params
 from qlab.integer import (
     INT32_MAX,
@@ -33,9 +33,10 @@ from qlab.integer import (
     rounding_divide_by_pot,
     saturating_rounding_doubling_high_mul,
     simulated_codes,
-    to_onnx,
 )
 from qlab.ptq import QuantizedLayer
+from tests import onnx_export
+from tests.onnx_export import to_onnx
 
 PROPERTY = settings(max_examples=500)
 INT32 = st.integers(INT32_MIN, INT32_MAX)
@@ -631,10 +632,16 @@ def test_onnx_of_weights_with_zero_points_and_of_a_single_layer():
         np.testing.assert_allclose(logits, round_biases(model)(images), atol=1e-5)
 
 
-def test_missing_onnx_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(ImportError, match=re.escape("to_onnx needs the package onnx, which qlab[test] installs")):
-        to_onnx(nn.Sequential(linear(2, 2)), (2,))
+def test_the_shipped_file_is_that_of_the_lesson():
+    """Its constants to the last bit (the bytes around them are the writer's), and what it gives."""
+    shipped, fresh = (onnx.load_from_string(file) for file in (
+        Path(samples.path(onnx_export.FILE)).read_bytes(), to_onnx(onnx_export.lesson_network(), (1, 8, 8))))
+    assert [node.op_type for node in shipped.graph.node] == [node.op_type for node in fresh.graph.node]
+    for ours, theirs in zip(shipped.graph.initializer, fresh.graph.initializer, strict=True):
+        assert ours == theirs, ours.name
+    images, labels = digits_data().test_images.numpy(), digits_data().test_labels.numpy()
+    logits = run_onnx(samples.path(onnx_export.FILE), images)["logits"]
+    assert 98 < 100 * np.mean(logits.argmax(1) == labels) < 99
 
 
 # What cannot be done in integers
@@ -730,10 +737,10 @@ ORDER = "model must hold a quantized layer, an activation and a global average i
     (dilated(), (1, 4), r"QuantizedLayer at '0' must receive shape \(1, height, width\)"),
     (dilated(), (1, 1, 4), "QuantizedLayer at '0' must receive .* no smaller than its kernel"),
     (dilated(), (4,), "QuantizedLayer at '0' must receive"),
-    (nn.Sequential(linear(2, 2)), (), r"input_shape must hold integers of at least 1, got \(\)"),
-    (nn.Sequential(linear(2, 2)), (0,), r"input_shape must hold integers of at least 1, got \(0,\)"),
-    (nn.Sequential(linear(2, 2)), (2.0,), "input_shape must hold integers"),
-    (nn.Sequential(linear(2, 2)), 2, "input_shape must hold integers of at least 1, got 2"),
+    (nn.Sequential(linear(2, 2)), (), r"input_shape must be a tuple of integers of at least 1, got \(\)"),
+    (nn.Sequential(linear(2, 2)), (0,), "each size of input_shape must be an integer of at least 1, got 0"),
+    (nn.Sequential(linear(2, 2)), (2.0,), "each size of input_shape must be an integer of at least 1, got 2.0"),
+    (nn.Sequential(linear(2, 2)), 2, "input_shape must be a tuple of integers of at least 1, got 2"),
 ])
 def test_unsupported_models_are_named(model, shape, message):
     for function in (convert, to_onnx):
