@@ -11,12 +11,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
-from qlab import affine, samples, smollm
+from qlab import affine, smollm
 from qlab.outliers import (
     GRANULARITIES,
     MassiveActivation,
+    Statistics,
     capture,
-    decompose,
     dynamic_quantizers,
     kurtosis,
     massive_activations,
@@ -26,9 +26,9 @@ from qlab.outliers import (
     static_quantizers,
     statistics,
 )
-from qlab.smollm import CACHE_SITES, LAYERS, READERS, SITES, inserted
+from qlab.smollm import CACHE_SITES, READERS, SITES, Sizes, inserted
 
-PLACES = list(itertools.product(range(LAYERS), SITES))
+PLACES = list(itertools.product(range(Sizes.num_hidden_layers), SITES))
 TEXTS = ["Once upon a time there was a miller who had two boats and a daughter, and the river ran past his door.",
          "def area(radius):\n    return 3.14159 * radius ** 2\n\nprint(area(2), area(10))\n",
          "1998: 34.2 %, 2003: 41.7 %, 2011: 58.0 % of all households had one, says the report of the ministry."]
@@ -108,15 +108,11 @@ def test_statistics_are_those_of_the_captured_activations(captured, found):
         assert torch.equal(one.low, x.min(0).values)
         assert torch.equal(one.high, x.max(0).values)
         assert torch.equal(one.absmax, x.abs().max(0).values)
-        assert torch.equal(one.token_absmax, x.abs().max(1).values.view(2, 32))
-        direct = scipy.stats.kurtosis(x.double().numpy(), axis=None, fisher=False)
-        assert one.kurtosis == pytest.approx(direct, rel=1e-9)
-        assert kurtosis(x) == pytest.approx(direct, rel=1e-9)
 
 
 def test_sites_are_told_in_the_order_that_was_asked_for(model, tokens):
     asked = statistics(model, tokens[:1, :4], iter(["down_in", "attn_in"]))
-    assert list(asked) == list(itertools.product(range(LAYERS), ["down_in", "attn_in"]))
+    assert list(asked) == list(itertools.product(range(Sizes.num_hidden_layers), ["down_in", "attn_in"]))
     places = [(7, "o_in"), (0, "down_in"), (7, "attn_in")]
     assert list(capture(model, tokens[:1, :4], iter(places))) == places
 
@@ -132,9 +128,9 @@ def test_products_are_activations_and_the_first_rows_that_they_meet(model, token
     assert products(model, tokens, places[:1])[places[0]][1].shape == (64, 576)
 
 
-@pytest.mark.parametrize("outputs", [0, -1])
+@pytest.mark.parametrize("outputs", [0, -1, 2.0, True])
 def test_products_need_an_output(model, tokens, outputs):
-    with pytest.raises(ValueError, match=f"outputs must be at least 1, got {outputs}"):
+    with pytest.raises(ValueError, match=f"outputs must be an integer of at least 1, got {outputs}"):
         products(model, tokens, [(0, "o_in")], outputs)
 
 
@@ -210,18 +206,6 @@ def test_kurtosis_of_other_kinds_of_arrays(x):
 @pytest.mark.parametrize("count", [1, 15, 22, 29, 1000])
 def test_kurtosis_of_equal_values_is_nan(value, count):
     assert np.isnan(kurtosis(np.full(count, value)))
-
-
-def test_statistics_of_equal_values_have_no_kurtosis(model, tokens, monkeypatch):
-    class Constant(nn.Module):
-        def forward(self, x):
-            return torch.full_like(x, 0.1)
-
-    monkeypatch.setitem(model.blocks[0]._modules, "attn_norm", Constant())
-    for length in range(2, 8):
-        one = statistics(model, tokens[:, :length], ["attn_in"])[0, "attn_in"]
-        assert np.isnan(one.kurtosis)
-        assert (one.low == one.high).all()
 
 
 # outliers
@@ -308,105 +292,6 @@ def test_what_lesson_05_says_of_the_model(model, text):
     assert not massive_activations(x[12, "attn_in"])
 
 
-# products with a part in float
-
-
-def decompose_directly(x, weight, threshold, bits):
-    """In float64 and int64, channel by channel and output by output; also the channels in float."""
-    qmax = 2 ** (bits - 1) - 1
-    in_float = [c for c in range(x.shape[1]) if max(abs(v) for v in x[:, c]) >= threshold]
-    rest = [c for c in range(x.shape[1]) if c not in in_float]
-    y = np.zeros((len(x), len(weight)))
-    for t, o in np.ndindex(*y.shape):
-        a, b = x[t, rest], weight[o, rest]
-        s_a, s_b = (max(map(abs, v), default=0) / qmax or 1.0 for v in (a, b))
-        q_a, q_b = (np.array([round(v / s) for v in values], np.int64) for values, s in ((a, s_a), (b, s_b)))
-        assert np.abs(q_a).max(initial=0) <= qmax
-        y[t, o] = s_a * s_b * int(q_a @ q_b) + sum(x[t, c] * weight[o, c] for c in in_float)
-    return y, in_float
-
-
-@given(tokens=st.integers(1, 6), channels=st.integers(1, 12), outputs=st.integers(1, 5), seed=st.integers(0, 10**6),
-       threshold=st.floats(0.01, 30), bits=st.sampled_from([2, 3, 4, 8, 16]))
-def test_decompose_is_what_integers_give(*, tokens, channels, outputs, seed, threshold, bits):
-    x = random_matrix(tokens, channels, seed, dtype=torch.float64)
-    weight = random_matrix(outputs, channels, seed + 1, dtype=torch.float64)
-    y, in_float = decompose(x, weight, threshold, bits)
-    expected, expected_in_float = decompose_directly(x.numpy(), weight.numpy(), threshold, bits)
-    np.testing.assert_allclose(y, expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
-    assert in_float.tolist() == expected_in_float
-    assert y.dtype == torch.float64
-
-
-def test_decompose_of_a_column_of_zeros_and_a_token_that_is_all_in_float():
-    x, weight = torch.tensor([[0.0, 9.0, 0.0], [0.0, 0.0, 0.5]]), torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]])
-    y, in_float = decompose(x, weight)
-    assert in_float.tolist() == [1]
-    torch.testing.assert_close(y, x @ weight.T)
-
-
-@pytest.mark.parametrize("place", samples.products())
-def test_decompose_of_real_products(place):
-    x, weight = map(torch.tensor, samples.products()[place])
-    exact = x @ weight.T
-    tiny = decompose(x, weight, 1e-12)
-    torch.testing.assert_close(tiny.product, exact)
-    assert len(tiny.float_channels) == x.shape[1]
-
-    def error(threshold):
-        return ((decompose(x, weight, threshold).product - exact).norm() / exact.norm()).item()
-
-    assert decompose(x, weight, 1e9).float_channels.tolist() == []
-    s_x, s_w = (m.abs().max(1, keepdim=True).values / 127 for m in (x, weight))
-    integers = (x / s_x).round().long() @ (weight / s_w).round().long().T
-    torch.testing.assert_close(decompose(x, weight, 1e9).product, s_x * s_w.T * integers)
-    assert error(6) <= error(1e9)
-    assert error(float("inf")) == error(1e9) > error(0.5) > error(1e-12)
-
-
-def test_integer_products_are_exact():
-    generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randint(-127, 128, (rows, 1000), generator=generator).float() for rows in (5, 4))
-    x[:, 0], weight[:, 1] = 127, -127  # all scales are 1
-    assert torch.equal(decompose(x, weight, 1000).product.long(), x.long() @ weight.long().T)
-
-
-def by_bitsandbytes(x, weight, threshold):
-    """LLM.int8() as the library computes it: W is quantized once, whole, and x without its outlier values.
-
-    (It multiplies by 127 / max|x|. Dividing by the scale rounds the same way at ties as `decompose`.)
-    """
-    large = np.abs(x) >= threshold
-    columns = np.flatnonzero(large.any(0))
-    row_stats, col_stats = np.abs(np.where(large, 0, x)).max(1), np.abs(weight).max(1)
-    q_x = np.rint(x / (row_stats[:, None] / 127))
-    q_x[:, columns] = 0
-    q_w = np.rint(weight / (col_stats[:, None] / 127))
-    in_float = x[:, columns] @ (q_w[:, columns] * col_stats[:, None] / 127).T
-    return q_x @ q_w.T * row_stats[:, None] * col_stats / 127**2 + in_float, columns
-
-
-@pytest.mark.parametrize("place", samples.products())
-def test_decompose_chooses_the_channels_of_bitsandbytes_and_is_as_near(place):
-    x, weight = (m.astype(np.float64) for m in samples.products()[place])
-    exact = x @ weight.T
-    for threshold in (1.0, 6.0, 1e9):
-        theirs, columns = by_bitsandbytes(x, weight, threshold)
-        ours, in_float = decompose(torch.tensor(x), torch.tensor(weight), threshold)
-        np.testing.assert_array_equal(in_float, columns)
-        if not columns.size:
-            np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6 * np.abs(theirs).max())
-        assert np.linalg.norm(ours.numpy() - exact) <= 1.02 * np.linalg.norm(theirs - exact)
-
-
-def test_x_and_weight_may_differ_in_precision():
-    x, weight = random_matrix(3, 8, 0), random_matrix(2, 8, 1)
-    half = decompose(x, weight.half()).product
-    torch.testing.assert_close(half, decompose(x, weight.half().float()).product)
-    assert decompose(x.double(), weight).product.dtype == torch.float64
-    assert decompose(x, weight.double()).product.dtype == torch.float32
-
-
 # quantizers
 
 
@@ -465,29 +350,23 @@ def test_dynamic_quantizers_see_the_data_of_each_call_alone():
     assert torch.equal(function(x), once)
 
 
-@pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("bits", [2, 8])
 @pytest.mark.parametrize("place", [(12, "attn_in"), (11, "down_in")])
-def test_static_quantizers_use_the_ranges_that_were_found(*, found, captured, per_channel, bits, place):
-    functions = static_quantizers(found, bits, per_channel=per_channel)
+def test_static_quantizers_use_the_ranges_that_were_found(found, captured, bits, place):
+    functions = static_quantizers(found, bits)
     assert list(functions) == PLACES
     x = captured[place]
-    low, high = (x.amin(0), x.amax(0)) if per_channel else (x.min(), x.max())
-    params = affine.range_params(low.clamp(max=0), high.clamp(min=0), bits, axis=1 if per_channel else None)
+    params = affine.range_params(x.min().clamp(max=0), x.max().clamp(min=0), bits)
     new = 1.5 * x.flip(0)
     assert torch.equal(functions[place](new.view(4, 16, -1)), affine.fake_quantize(new, params).view(4, 16, -1))
 
 
-@pytest.mark.parametrize("per_channel", [False, True])
-def test_a_static_range_holds_0(model, tokens, per_channel):
-    with inserted(model, {(0, "o_in"): lambda x: x}):
-        found = statistics(model, tokens[:, :4], ["o_in"])
-    one = found[0, "o_in"]
-    found[0, "o_in"] = type(one)(one.low.abs() + 2, one.low.abs() + 4, one.token_absmax, one.kurtosis)  # all above 0
-    function = static_quantizers(found, 8, per_channel=per_channel)[0, "o_in"]
+def test_a_static_range_holds_0(found):
+    low = found[0, "o_in"].low.abs() + 2  # all above 0
+    function = static_quantizers({(0, "o_in"): Statistics(low, low + 2)}, 8)[0, "o_in"]
     assert (function(torch.zeros(1, 1, 576)) == 0).all()
-    x = (one.low.abs() + 3)[None, None]
-    assert (function(x) - x).abs().max() < (one.low.abs() + 4).max() / 255
+    x = (low + 1)[None, None]
+    assert (function(x) - x).abs().max() < (low + 2).max() / 255
 
 
 def test_some_places_alone(found):
@@ -521,12 +400,9 @@ BAD_MATRICES = [(NAN, "must be finite, got 1 NaN"), (INF, "1 infinite"), (torch.
 
 
 @pytest.mark.parametrize("bad, part", BAD_MATRICES, ids=[part for _, part in BAD_MATRICES])
-@pytest.mark.parametrize("name, function", [
-    ("x", outlier_channels), ("x", massive_activations), ("x", lambda bad: decompose(bad, torch.ones(3, 2))),
-    ("weight", lambda bad: decompose(torch.ones(3, 2), bad)),
-], ids=["outlier_channels", "massive_activations", "decompose x", "decompose weight"])
-def test_bad_matrices_are_refused(name, function, bad, part):
-    with pytest.raises(ValueError, match=f"^{name} .*{part}"):
+@pytest.mark.parametrize("function", [outlier_channels, massive_activations])
+def test_bad_matrices_are_refused(function, bad, part):
+    with pytest.raises(ValueError, match=f"^x .*{part}"):
         function(bad)
 
 
@@ -540,11 +416,6 @@ def test_bad_matrices_are_refused(name, function, bad, part):
       for limit in (0, -1.0, float("nan"))],
     *[(lambda limit=limit: massive_activations(MATRIX, ratio=limit), f"ratio must be greater .* 100.0 and {limit}")
       for limit in (0, -1.0, float("nan"))],
-    *[(lambda limit=limit: decompose(MATRIX, MATRIX, limit), f"threshold must be greater than 0, got {limit}")
-      for limit in (0, -6.0, float("nan"))],
-    *[(lambda bits=bits: decompose(MATRIX, MATRIX, 0.1, bits), f"bits must be an integer from 2 to 16, got {bits}")
-      for bits in (1, 17, 4.5, None)],
-    (lambda: decompose(MATRIX, torch.ones(3, 5)), "weight must have as many columns as x, 4, got 5"),
     *[(lambda name=name: params_of(MATRIX, name),
        f"granularity must be one of tensor, token, channel, group, got {name!r}")
       for name in ("row", None, 0)],

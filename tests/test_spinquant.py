@@ -12,7 +12,7 @@ import torch
 from scipy.linalg import hadamard as sylvester
 from torch import nn
 
-from qlab import explorers, smollm, spinquant_study
+from qlab import explorers, smollm
 from qlab.outliers import capture, dynamic_quantizers
 from qlab.smollm import READERS, SITES, reweighted, texts
 from qlab.spinquant import (
@@ -23,7 +23,6 @@ from qlab.spinquant import (
     fold_gains,
     hadamard,
     kv_quantizers,
-    learn_end_to_end,
     learn_rotation,
     online,
     proxy_inputs,
@@ -32,31 +31,27 @@ from qlab.spinquant import (
     random_orthogonal,
     rotate,
 )
-from tests.test_smoothquant import SIZES, logits, relative, small_model, state_bytes
+from qlab.studies import spinquant as study
+from qlab.studies.spinquant import learn_end_to_end
+from tests.small_model import logits, relative, small_model, some_tokens, state_bytes
 
 ORDERS = [1, 2, 4, 12, 20, 24, 32, 40, 64, 80, 96, 144, 160, 240, 288, 400, 512, 576, 1536]
 DOUBLE = torch.float64
 
 
 @pytest.fixture
-def sizes(monkeypatch):
-    for name, value in SIZES.items():
-        monkeypatch.setattr(smollm, name, value)
+def model():
+    return small_model()
 
 
 @pytest.fixture
-def model(sizes):
-    return small_model()
+def tokens():
+    return some_tokens()
 
 
 @pytest.fixture
 def folded(model):
     return fold_gains(model)
-
-
-@pytest.fixture
-def tokens():
-    return torch.randint(SIZES["VOCABULARY"], (2, 16), generator=torch.Generator().manual_seed(1))
 
 
 def normal(*shape, seed=0, dtype=DOUBLE):
@@ -255,9 +250,9 @@ def test_chain():
 
 
 @pytest.mark.parametrize("r3", [False, True])
-def test_kv_quantizers(r3):
-    functions = kv_quantizers(3, r3=r3, layers=[4])
-    assert set(functions) == {(4, "keys"), (4, "values")} | ({(4, "queries")} if r3 else set())
+def test_kv_quantizers(model, r3):
+    functions = kv_quantizers(model, 3, r3=r3)
+    assert set(functions) == {(i, site) for i in range(2) for site in ("keys", "values", *["queries"] * r3)}
     x = normal(2, 3, 5, 64)
     rotated = x @ hadamard(64, DOUBLE) / 8 if r3 else x
     for site, before in (("keys", rotated), ("values", x)):
@@ -265,11 +260,11 @@ def test_kv_quantizers(r3):
         s = (high - low) / 7
         z = -(low / s).round()
         expected = s * (((before / s).round() + z).clamp(0, 7) - z)
-        torch.testing.assert_close(functions[4, site](x), expected, rtol=0, atol=1e-11)
+        torch.testing.assert_close(functions[1, site](x), expected, rtol=0, atol=1e-11)
     if r3:
-        torch.testing.assert_close(functions[4, "queries"](x), rotated, rtol=0, atol=1e-11)
+        torch.testing.assert_close(functions[1, "queries"](x), rotated, rtol=0, atol=1e-11)
     with pytest.raises(ValueError, match="bits must be an integer from 2 to 16, got 1"):
-        kv_quantizers(1)
+        kv_quantizers(model, 1)
 
 
 # Cayley SGD
@@ -539,12 +534,12 @@ def test_end_to_end_learning_needs_folded_gains(model, tokens):
 
 
 def test_the_table_says_what_the_lesson_says():
-    table = spinquant_study.load()
+    table = study.load()
     found = {}
     for row in table["rows"]:
         found.setdefault(row["method"], []).append(row["perplexity"])
-    (none,), end_to_end = found["none"], found[spinquant_study.END_TO_END]
-    residual, random, orthogonal, learned = (found[method] for method in spinquant_study.METHODS[1:])
+    (none,), end_to_end = found["none"], found[study.END_TO_END]
+    residual, random, orthogonal, learned = (found[method] for method in study.METHODS[1:])
     assert {len(some) for some in (residual, random, orthogonal, learned, end_to_end)} == {5}
     assert min(orthogonal) > max(random) > min(random) > max(learned)
     assert min(learned) < 0.92 * min(random)
@@ -559,7 +554,7 @@ def test_the_table_says_what_the_lesson_says():
     for bits in (3, 4):
         without, turned = (entry["perplexity"] for entry in table["cache"] if entry["bits"] == bits)
         assert turned < without
-    r1 = spinquant_study.learned_rotation()
+    r1 = study.learned_rotation()
     torch.testing.assert_close(r1.T @ r1, torch.eye(576), rtol=0, atol=1e-5)
 
 
