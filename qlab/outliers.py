@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from qlab.affine import check_bits, check_integer, fake_quantize, real_array, zero_point_params
-from qlab.smollm import READERS, SITES, check_places, check_tokens, inserted, plain_weights
+from qlab.smollm import READERS, SITES, check_model, check_places, check_tokens, inserted, is_number, plain_weights
 
 GRANULARITIES = ("tensor", "token", "channel", "group")
 
@@ -113,6 +112,7 @@ def statistics(model, tokens, sites=SITES):
     ValueError
         As `capture`, or if an activation is NaN or infinite.
     """
+    check_model(model)
     sites = list(sites)
     places = check_places(model, [(layer, site) for layer in range(len(model.blocks)) for site in sites])
     ends = {place: ([], []) for place in places}
@@ -172,8 +172,8 @@ def kurtosis(x):
     x = torch.as_tensor(real_array(x, "x")).detach().double().flatten()
     if x.min() == x.max():
         return float("nan")
-    # first the distance to one of them, which is exact where all lie close together; then nothing over- or underflows
-    deviation = x / 2 - x[0] / 2
+    x = x * (0.5 if x.abs().max() > 1 else 2.0**60)  # so that no difference and no power over- or underflows
+    deviation = x - x[0]  # exact where all lie close together, however far from 0
     deviation = deviation / deviation.abs().max()
     deviation = deviation - deviation.mean()
     return float(deviation.pow(4).mean() / deviation.square().mean().square())
@@ -343,18 +343,18 @@ def static_quantizers(found, bits=8, *, places=None):
 
 def _by_rows(params_for, x):
     """Quantize ``x``, its tokens as the rows of a matrix, in its own precision."""
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or not x.ndim:
+        got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ValueError(f"x must be a tensor of floats with at least one axis, got {got}")
     rows = x.reshape(-1, x.shape[-1])
-    return fake_quantize(rows, params_for(rows)).to(x.dtype).view(x.shape)
+    x_hat = fake_quantize(rows, params_for(rows)).view(x.shape)
+    most = torch.finfo(x.dtype).max  # of half precision: the outermost level can lie above
+    return x_hat if x_hat.dtype == x.dtype else x_hat.clamp(-most, most).to(x.dtype)
 
 
 def _check_granularity(granularity):
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
-
-
-def is_number(value):
-    """Whether ``value`` is a real number of Python or NumPy; a bool is none."""
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
 def _matrix(x):

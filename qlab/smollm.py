@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import nn
 
-from qlab.affine import absmax_params, check_integer, fake_quantize, real_array
+from qlab.affine import absmax_params, check_bits, check_integer, fake_quantize, real_array
 from qlab.fetching import cache_folder, converted_model
 
 SITES = ("attn_in", "o_in", "mlp_in", "down_in")
@@ -37,7 +37,7 @@ class Sizes:
     Raises
     ------
     ValueError
-        If a size is less than 1, a key's heads do not divide the queries', or ``head_dim`` is odd.
+        If a number is out of range, the heads of keys do not divide those of queries, or ``head_dim`` is odd.
 
     Examples
     --------
@@ -62,6 +62,10 @@ class Sizes:
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
             raise ValueError(f"num_attention_heads must be a multiple of num_key_value_heads and head_dim be even, got "
                              f"{self.num_attention_heads}, {self.num_key_value_heads} and {self.head_dim}")
+        floats = self.rms_norm_eps, self.rope_theta
+        if not all(isinstance(value, (int, float)) and 0 < value < float("inf") for value in floats):
+            raise ValueError(f"rms_norm_eps and rope_theta must be greater than 0, got {self.rms_norm_eps!r} and "
+                             f"{self.rope_theta!r}")
 
 
 class RMSNorm(nn.Module):
@@ -362,8 +366,7 @@ def plain_weights(model):
     A copy is made from weights alone. Hooks, pruning, parametrizations, layers that were replaced, biases: a copy would
     lose them. What is `inserted` is left out.
     """
-    if not isinstance(model, SmolLM):
-        raise ValueError(f"model must be a SmolLM, got {type(model).__name__}")
+    check_model(model)
     weights = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if not {*SITES, *CACHE_SITES}.isdisjoint(name.split(".")):
@@ -372,8 +375,8 @@ def plain_weights(model):
         hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
         plain = module is model or type(module) in (nn.ModuleList, Block, nn.Embedding, RMSNorm, nn.Linear)
         if hooks or not plain or own.keys() - {"weight"}:
-            raise ValueError(f"model must be made of plain layers without hooks and biases, got {module} "
-                             f"{'with hooks ' if hooks else ''}at {name!r}")
+            raise ValueError(f"model must be made of plain layers without hooks, masks and biases, got a "
+                             f"{type(module).__name__} {'with hooks ' if hooks else ''}at {name!r}")
         weights |= {f"{name}.{key}": value for key, value in own.items()}
     return weights
 
@@ -440,7 +443,7 @@ def quantize_weights(model, bits=8, *, per_channel=False, sites=SITES):
     ValueError
         If ``bits`` is out of range, there is no such site, or the model is not a plain one (see `reweighted`).
     """
-    state, weights = plain_weights(model), {}
+    bits, state, weights = check_bits(bits), plain_weights(model), {}
     for layer, site in check_places(model, [(i, site) for site in sites for i in range(len(model.blocks))]):
         for name in (f"blocks.{layer}.{reader}.weight" for reader in READERS[site]):
             params = absmax_params(state[name], bits, axis=0 if per_channel else None)
@@ -533,13 +536,20 @@ class _Function(nn.Module):
         self.forward = function
 
 
+def check_model(model):
+    """Raise a ValueError unless ``model`` is a `SmolLM`."""
+    if not isinstance(model, SmolLM):
+        raise ValueError(f"model must be a SmolLM, got {type(model).__name__}")
+
+
 def check_places(model, places, sites=SITES, what="places must be pairs"):
     """``places`` as a list; a ValueError unless each is a pair (layer, site) of a model whose blocks are all different.
 
     (A function at a block that is used twice would act twice.)
     """
-    if not isinstance(model, SmolLM) or len(set(model.blocks)) < len(model.blocks):
-        raise ValueError(f"model must be a SmolLM of different blocks, got {type(model).__name__}")
+    check_model(model)
+    if (different := len(set(model.blocks))) < len(model.blocks):
+        raise ValueError(f"model must have different blocks, got {different} for {len(model.blocks)} layers")
     places, layers = list(places), range(len(model.blocks))
     for place in places:
         pair = isinstance(place, tuple) and len(place) == 2 and isinstance(place[1], str)
@@ -552,6 +562,7 @@ def check_places(model, places, sites=SITES, what="places must be pairs"):
 
 def check_tokens(model, tokens):
     """Raise a ValueError unless ``tokens`` is an int64 tensor (N, T), N ≥ 1, T ≥ 2, of the model's tokens."""
+    check_model(model)
     is_tensor = isinstance(tokens, torch.Tensor)
     if not is_tensor or tokens.dtype != torch.int64 or tokens.ndim != 2 or not tokens.numel() or tokens.shape[1] < 2:
         got = f"{tokens.dtype} of shape {tuple(tokens.shape)}" if is_tensor else type(tokens).__name__
@@ -561,6 +572,11 @@ def check_tokens(model, tokens):
         raise ValueError(f"tokens must be on the model's device, {weight.device}, got {tokens.device}")
     if tokens.min() < 0 or tokens.max() >= len(weight):
         raise ValueError(f"tokens must be from 0 to {len(weight) - 1}, got {tokens.min()} to {tokens.max()}")
+
+
+def is_number(value):
+    """Whether ``value`` is a real number of Python or NumPy; a bool is none."""
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
 if __name__ == "__main__":

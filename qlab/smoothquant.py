@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from qlab.affine import alike, array_namespace, real_array
-from qlab.outliers import dynamic_quantizers, is_number, static_quantizers
-from qlab.smollm import SITES, check_places, plain_weights, quantize_weights, reweighted
+from qlab.outliers import dynamic_quantizers, static_quantizers
+from qlab.smollm import SITES, check_model, check_places, is_number, plain_weights, quantize_weights, reweighted
 
 PAIRS = {
     "attn_in": ("attn_norm", ("q", "k", "v")),
@@ -180,6 +180,8 @@ def _scales(model, found, alpha, sites):
 
 def _check_found(model, found):
     """A ValueError if ``found`` has places that the model has not: it is then of another model."""
+    if not isinstance(found, dict):
+        raise ValueError(f"found must be a dict of statistics, got {type(found).__name__}")
     check_places(model, found, SITES, "found must be statistics of this model, by")
 
 
@@ -221,6 +223,7 @@ def quantized(model, level, found=None, bits=8, *, per_channel=False, sites=SITE
     ----------
     Xiao et al. 2023, table 2.
     """
+    check_model(model)
     if level not in LEVELS:
         raise ValueError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")
     if level == "O3" and found is None:

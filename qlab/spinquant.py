@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from qlab.affine import check_integer, real_array
-from qlab.outliers import capture, dynamic_quantizers, is_number
-from qlab.smollm import READERS, check_tokens, plain_weights, reweighted
+from qlab.outliers import capture, dynamic_quantizers
+from qlab.smollm import READERS, check_model, check_tokens, is_number, plain_weights, reweighted
 from qlab.training import Steps
 
 _PALEY = (12, 20)
@@ -316,6 +316,7 @@ def online(model, functions=()):
     ValueError
         If the functions given have the transform in front already.
     """
+    check_model(model)
     functions = dict(functions)
     if any(change.startswith("rotated") and change.endswith("R4") for change in model.changes):
         for place in ((layer, "down_in") for layer in range(len(model.blocks))):
@@ -349,6 +350,7 @@ def kv_quantizers(model, bits, *, r3=False):
     ----------
     Liu et al. 2025, "SpinQuant", section 3.1 (R3); Ashkboos et al. 2024, "QuaRot", section 4.
     """
+    check_model(model)
     layers = range(len(model.blocks))
     functions = dynamic_quantizers("token", bits, places=[(i, site) for i in layers for site in ("keys", "values")])
     if r3:
@@ -570,7 +572,7 @@ def proxy_loss(r, inputs):
     Raises
     ------
     ValueError
-        If ``r`` has another shape.
+        If ``r`` has another shape, or the inputs do not fit each other or have a NaN or infinity.
 
     Examples
     --------
@@ -578,17 +580,31 @@ def proxy_loss(r, inputs):
     >>> proxy_loss(torch.eye(2), inputs).item()
     8.5
     """
-    x, weight = inputs
-    if not isinstance(r, torch.Tensor) or tuple(r.shape) != 2 * x.shape[1:]:
-        raise ValueError(f"r must be a tensor of shape {tuple(2 * x.shape[1:])}, got "
+    x, weight = _check_inputs(inputs)
+    if not isinstance(r, torch.Tensor) or tuple(r.shape) != 2 * (x.shape[1],):
+        raise ValueError(f"r must be a tensor of shape {2 * (x.shape[1],)}, got "
                          f"{tuple(r.shape) if isinstance(r, torch.Tensor) else type(r).__name__}")
-    r = r.to(x.dtype)
+    return _proxy_loss(r.to(x.dtype), x, weight)
+
+
+def _proxy_loss(r, x, weight):
     with torch.no_grad():
         turned = x @ r
         highest, lowest = turned.argmax(1), turned.argmin(1)
     # two columns of R for each vector: the gradient takes no second large product
     span = (x * (r.T[highest] - r.T[lowest])).sum(1)
     return (weight * span.square()).mean()
+
+
+def _check_inputs(inputs):
+    """x and weight of `ProxyInputs`, detached; a ValueError unless they are finite and fit each other."""
+    if not all(isinstance(values, torch.Tensor) for values in inputs):
+        raise ValueError(f"inputs must be tensors, got {', '.join(type(values).__name__ for values in inputs)}")
+    x, weight = real_array(inputs[0], "inputs.x").detach(), real_array(inputs[1], "inputs.weight").detach()
+    if x.ndim != 2 or tuple(weight.shape) != (len(x),):
+        raise ValueError(f"inputs must be x of shape (vectors, channels) and weight of shape (vectors,), got "
+                         f"{tuple(x.shape)} and {tuple(weight.shape)}")
+    return x, weight
 
 
 def learn_rotation(inputs, *, start, steps=200, lr=1.5, batch_size=4096, seed=0):
@@ -633,17 +649,14 @@ def learn_rotation(inputs, *, start, steps=200, lr=1.5, batch_size=4096, seed=0)
     >>> proxy_loss(random_orthogonal(4, seed=0), inputs).item() > proxy_loss(step.rotation, inputs).item()
     True
     """
-    x, weight = (real_array(values, f"inputs.{name}").detach() for name, values in inputs._asdict().items())
-    if x.ndim != 2 or tuple(weight.shape) != (len(x),):
-        raise ValueError(f"inputs must be x of shape (vectors, channels) and weight of shape (vectors,), got "
-                         f"{tuple(x.shape)} and {tuple(weight.shape)}")
+    x, weight = _check_inputs(inputs)
     start = _check_orthogonal(start, "start", x.shape[1])
     batch_size, chance = check_integer(batch_size, "batch_size", 1), _generator(seed)
     r = nn.Parameter(start.to(x.dtype, copy=True))
 
     def loss():
         batch = torch.randint(len(x), (batch_size,), generator=chance)
-        return proxy_loss(r, ProxyInputs(x[batch], weight[batch]))
+        return _proxy_loss(r, x[batch], weight[batch])
 
     return descend(loss, [r], steps=steps, lr=lr, seed=seed)
 
@@ -710,6 +723,7 @@ def _factors(n):
 
 def check_folded(model):
     """A ValueError unless the model comes from `fold_gains`, and nothing was done to it since."""
+    check_model(model)
     if not model.changes or model.changes[-1] != "gains folded":
         raise ValueError(f"model must come from fold_gains, got one that was changed: "
                          f"{', '.join(model.changes) or 'not at all'}")

@@ -27,6 +27,7 @@ from qlab.outliers import (
     statistics,
 )
 from qlab.smollm import CACHE_SITES, READERS, SITES, Sizes, inserted
+from tests.small_model import small_model, some_tokens
 
 PLACES = list(itertools.product(range(Sizes.num_hidden_layers), SITES))
 TEXTS = ["Once upon a time there was a miller who had two boats and a daughter, and the river ran past his door.",
@@ -139,6 +140,32 @@ def test_a_sequence_does_not_see_the_others(model, tokens, captured):
     assert torch.equal(second, captured[20, "down_in"][32:])
 
 
+def test_what_is_inserted_acts_before_the_look():
+    small, tokens = small_model(), some_tokens()
+    functions = dynamic_quantizers("token", 2, places=[(0, "o_in")])
+    expected = functions[0, "o_in"](capture(small, tokens, [(0, "o_in")])[0, "o_in"])
+    with inserted(small, functions):
+        seen, later = capture(small, tokens, [(0, "o_in"), (1, "o_in")]).values()
+        assert torch.equal(statistics(small, tokens)[0, "o_in"].high, expected.amax(0))
+    assert torch.equal(seen, expected) and len(seen[0].unique()) <= 4
+    assert not torch.equal(later, capture(small, tokens, [(1, "o_in")])[1, "o_in"])
+
+
+@pytest.mark.parametrize("break_it", [
+    lambda model: model.embedding.weight.data[17].fill_(np.nan), lambda model: model.norm.weight.data.fill_(1),
+    lambda model: model.blocks[1].attn_norm.weight.data[3].fill_(np.inf),
+], ids=["embedding", "not at all", "gain"])
+def test_statistics_of_a_broken_model_are_refused(break_it):
+    model = small_model()
+    break_it(model)
+    tokens = torch.tensor([[17, 3], [1, 2]])
+    if torch.isfinite(model(tokens)).all():
+        assert len(statistics(model, tokens)) == 8
+    else:
+        with unchanged(model), pytest.raises(ValueError, match=r"activations at \([01], 'attn_in'\) must be finite"):
+            statistics(model, tokens)
+
+
 def test_nothing_stays_in_the_model(model, tokens):
     with unchanged(model):
         capture(model, tokens[:, :4], PLACES)
@@ -202,6 +229,25 @@ def test_kurtosis_of_other_kinds_of_arrays(x):
     assert kurtosis(x) == pytest.approx(1.5)
 
 
+@pytest.mark.parametrize("unit", [1e-300, 1e-100, 1e-10, 1e100, 1e300])
+def test_kurtosis_has_no_unit(unit):
+    x = np.random.default_rng(0).normal(size=500)
+    assert kurtosis(unit * x) == pytest.approx(scipy.stats.kurtosis(x, fisher=False), rel=1e-9)
+
+
+@pytest.mark.parametrize("offset", [1e6, -1e12, 2.0**60])
+def test_kurtosis_far_from_0(offset):
+    x = 4096 * np.random.default_rng(0).integers(-9, 9, 500)  # so that the sums are exact
+    assert kurtosis(x + offset) == pytest.approx(scipy.stats.kurtosis(x, fisher=False), rel=1e-12)
+
+
+@pytest.mark.parametrize("x", [np.array([5e-324, 0, 0, 0]), np.array([1.7e308, -1.7e308, -1.7e308, -1.7e308]),
+                               nn.Parameter(torch.tensor([-3e38, 3e38, 3e38, 3e38]))])
+@pytest.mark.filterwarnings("error")
+def test_kurtosis_at_the_ends_of_the_floats(x):
+    assert kurtosis(x) == pytest.approx(7 / 3)  # of one among four
+
+
 @pytest.mark.parametrize("value", [0.0, 0.1, -0.7, 1e30])
 @pytest.mark.parametrize("count", [1, 15, 22, 29, 1000])
 def test_kurtosis_of_equal_values_is_nan(value, count):
@@ -236,6 +282,15 @@ def test_planted_channels_are_found(tokens, channels, seed, data):
     x[:, list(planted)] *= 17
     x[0, spike] *= 1e6  # in a single token
     assert set(outlier_channels(x)) == planted
+
+
+def test_ratios_beyond_float32():
+    x = torch.tensor([[1e-30, 1e-30, 1e30]])
+    assert outlier_channels(x) == pytest.approx({2: 1e60})
+    assert massive_activations(x)[0].ratio == pytest.approx(1e60)
+    assert outlier_channels(nn.Parameter(torch.tensor([[1e-4, 1e-4, 6e4]]).half())) == pytest.approx({2: 6e8}, rel=1e-3)
+    assert massive_activations(torch.tensor([[3e38, 1e35, 1e35]]), ratio=1e4) == []  # ratio times the median overflows
+    assert outlier_channels(torch.zeros(3, 2)) == {}
 
 
 def test_factor_is_included():
@@ -377,6 +432,18 @@ def test_some_places_alone(found):
     assert list(static_quantizers(some)) == places
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_quantizers_keep_the_precision(dtype):
+    x = random_matrix(4, 8, 0).to(dtype).requires_grad_()
+    found = {0: Statistics(x.detach().amin(0), x.detach().amax(0))}
+    for functions in (dynamic_quantizers(places=[0]), static_quantizers(found)):
+        y = functions[0](x)
+        assert y.dtype == dtype and y.requires_grad
+        assert (y - x).abs().max() <= (x.max() - x.min()) / 200
+    ends = torch.tensor([65504.0, -65504]).half()  # the lowest level is half a step further out
+    assert dynamic_quantizers(places=[0])[0](ends).isfinite().all()
+
+
 def test_more_bits_change_the_model_less(model, tokens, found):
     def difference(functions):
         with torch.no_grad(), inserted(model, functions):
@@ -411,9 +478,9 @@ def test_bad_matrices_are_refused(function, bad, part):
     (lambda: kurtosis(torch.tensor([np.inf])), "x must be finite, got 0 NaN and 1 infinite"),
     (lambda: kurtosis("text"), "x must be an array of real numbers"),
     *[(lambda factor=factor: outlier_channels(MATRIX, factor), f"factor must be greater than 1, got {factor}")
-      for factor in (1, 0.5, -3.0, float("nan"))],
+      for factor in (1, 0.5, -3.0, float("nan"), True, None)],
     *[(lambda limit=limit: massive_activations(MATRIX, magnitude=limit), f"magnitude and .* got {limit} and 1000.0")
-      for limit in (0, -1.0, float("nan"))],
+      for limit in (0, -1.0, float("nan"), None)],
     *[(lambda limit=limit: massive_activations(MATRIX, ratio=limit), f"ratio must be greater .* 100.0 and {limit}")
       for limit in (0, -1.0, float("nan"))],
     *[(lambda name=name: params_of(MATRIX, name),
@@ -424,8 +491,11 @@ def test_bad_matrices_are_refused(function, bad, part):
     *[(lambda size=size: params_of(MATRIX, "group", group_size=size), f"group_size must divide .* got {size}")
       for size in (3, 0, 8)],
     (lambda: params_of(NAN), "x must be finite, got 1 NaN"),
-    (lambda: dynamic_quantizers("row", places=[(0, "o_in")])[0, "o_in"](MATRIX), "granularity must be .* got 'row'"),
-    (lambda: dynamic_quantizers("token", 1, places=[(0, "o_in")])[0, "o_in"](MATRIX), "bits must be .* got 1"),
+    (lambda: dynamic_quantizers("row", places=[]), "granularity must be .* got 'row'"),
+    (lambda: dynamic_quantizers("token", 1, places=[]), "bits must be .* got 1"),
+    *[(lambda bad=bad: dynamic_quantizers(places=[0])[0](bad), "x must be a tensor of floats with at least one axis")
+      for bad in (MATRIX.long(), MATRIX.numpy(), torch.tensor(1.0))],
+    (lambda: dynamic_quantizers("tensor", places=[0])[0](torch.tensor([-3e38, 3e38])), "beta - alpha must be finite"),
 ])
 def test_bad_arguments_are_refused(call, part):
     with pytest.raises(ValueError, match=part):

@@ -29,9 +29,11 @@ from gguf import GGUFReader, TokenType
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import DynamicCache
+from torch.nn.utils import parametrizations, parametrize, prune
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from qlab import fetching, smollm
+from qlab.outliers import dynamic_quantizers, statistics
 from qlab.smollm import (
     CACHE_SITES,
     SITES,
@@ -41,7 +43,11 @@ from qlab.smollm import (
     perplexity,
     texts,
 )
+from qlab.smoothquant import PAIRS, quantized, smooth
+from qlab.spinquant import fold_gains, kv_quantizers, online, random_orthogonal, rotate
 from tests.benchmarks import language_model
+from tests.small_model import logits, relative, small_model, state_bytes
+from tests.small_model import some_tokens as small_tokens
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 POSIX = pytest.mark.skipif(os.name != "posix", reason="signals, limits and users of POSIX")
@@ -409,7 +415,8 @@ def test_sites_are_restored(model):
 
 
 @pytest.mark.parametrize("key", [(30, "keys"), (-1, "keys"), (0, "q"), (0, "forward"), ("keys", 0), "keys", 7,
-                                 (0, "keys", 1), (0.5, "keys"), None], ids=str)
+                                 (0, "keys", 1), (0.5, "keys"), (0.0, "keys"), (True, "keys"), ((), "keys"), None],
+                         ids=str)
 def test_no_such_site(model, key):
     before = model.blocks[0].queries
     with (
@@ -418,6 +425,222 @@ def test_no_such_site(model, key):
     ):
         pass
     assert model.blocks[0].queries is before
+
+
+# A small model
+
+
+def test_a_learner_builds_a_small_model():
+    small = smollm.SmolLM(Sizes(vocab_size=90, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+                                num_attention_heads=4, num_key_value_heads=2, head_dim=8))
+    assert small.head.weight is small.embedding.weight and len(small.blocks) == 3
+    tokens = torch.arange(24).view(2, 12)
+    llama = LlamaForCausalLM(LlamaConfig(
+        vocab_size=90, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, rms_norm_eps=1e-5, rope_theta=1e5, tie_word_embeddings=True))
+    theirs = {"embedding": "model.embed_tokens", "head": "lm_head", "norm": "model.norm"}
+    theirs |= {f"blocks.{i}.{ours}": f"model.layers.{i}.{name}"
+               for i in range(3) for ours, name in language_model.NAMES.items()}
+    llama.load_state_dict({f"{theirs[name.removesuffix('.weight')]}.weight": weight
+                           for name, weight in small.state_dict().items()})
+    with torch.inference_mode():
+        torch.testing.assert_close(small(tokens), llama.eval()(tokens).logits)
+    with pytest.raises(ValueError, match="a layer from 0 to 2"), inserted(small, {(3, "o_in"): torch.neg}):
+        pass
+    with pytest.raises(ValueError, match="from 0 to 89, got 3 to 90"):
+        perplexity(small, torch.tensor([[3, 90]]))
+    with pytest.raises(ValueError, match="model must have a tokenizer"):
+        small.encode("text")
+
+
+@pytest.mark.parametrize("sizes, message", [
+    ({"num_hidden_layers": 0}, "num_hidden_layers must be an integer of at least 1, got 0"),
+    ({"vocab_size": 9.0}, "vocab_size must be an integer of at least 1, got 9.0"),
+    ({"num_attention_heads": 4}, "must be a multiple of num_key_value_heads and head_dim be even, got 4, 3 and 64"),
+    ({"head_dim": 7}, "head_dim be even, got 9, 3 and 7"), ({"rms_norm_eps": 0}, "rms_norm_eps and .* got 0 and"),
+])
+def test_sizes_that_make_no_model(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        Sizes(**sizes)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.05), (torch.float16, 0.005), (torch.float32, 1e-5)])
+def test_every_precision_runs_and_stays(dtype, tolerance):
+    reference, model = (small_model(kind) for kind in (torch.float64, dtype))
+    tokens, places = small_tokens(), list(itertools.product(range(2), SITES))
+    assert logits(model, tokens).dtype == dtype
+    assert relative(logits(model, tokens).double(), logits(reference, tokens)) < tolerance
+    assert perplexity(model, tokens) == pytest.approx(perplexity(reference, tokens), rel=tolerance)
+    copy, functions = quantized(model, "O3", statistics(model, tokens))
+    assert {weight.dtype for weight in copy.parameters()} == {dtype}
+    for quantizers in (functions, dynamic_quantizers("token", 8, places=places), kv_quantizers(model, 4, r3=True)):
+        assert logits(copy, tokens, quantizers).dtype == dtype
+
+
+def test_squares_of_half_precision_do_not_overflow():
+    norm = smollm.RMSNorm(4, 1e-5)
+    x = torch.tensor([[1000.0, -1000, 1000, 0]])
+    torch.testing.assert_close(norm.half()(x.half()).float(), norm.float()(x), rtol=1e-3, atol=0)
+
+
+# Copies of a model
+
+
+def add_hook(model):
+    model.blocks[1].register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def add_bias(model):
+    model.blocks[0].q.bias = nn.Parameter(torch.ones(256, dtype=torch.float64))
+
+
+def replace_layer(model):
+    model.blocks[0].up = nn.Sequential(model.blocks[0].up, nn.ReLU())
+
+
+CHANGED = {
+    "pruned": lambda model: prune.l1_unstructured(model.blocks[0].q, "weight", 0.5),
+    "parametrized": lambda model: parametrize.register_parametrization(model.blocks[1].down, "weight", nn.Tanh()),
+    "weight norm": lambda model: parametrizations.weight_norm(model.blocks[1].o),
+    "hook": add_hook, "bias": add_bias, "another layer": replace_layer,
+    "another forward": lambda model: setattr(model.head, "forward", torch.neg),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_model_that_is_more_than_its_weights_is_not_copied(change):
+    model, found = small_model(), statistics(small_model(), small_tokens())
+    CHANGED[change](model)
+    for copy in (lambda: smollm.quantize_weights(model), lambda: smollm.torch_int8(model), lambda: fold_gains(model),
+                 lambda: smooth(model, found), lambda: smollm.reweighted(model, {}, "nothing"),
+                 lambda: rotate(model, torch.eye(48), check=False), lambda: quantized(model, "O1")):
+        with pytest.raises(ValueError, match="model must be made of plain layers without hooks, masks and biases"):
+            copy()
+
+
+def test_a_structurally_pruned_model_is_not_copied():
+    model = small_model()
+    for name in ("gate", "up", "down"):
+        weight = getattr(model.blocks[0], name).weight
+        getattr(model.blocks[0], name).weight = nn.Parameter(weight[:90] if name != "down" else weight[:, :90])
+    with pytest.raises(ValueError, match=r"weights must fit .*'blocks.0.gate.weight' of shape \(90, 48\): \(96, 48\)"):
+        smollm.quantize_weights(model)
+
+
+def share_norms(model):
+    model.blocks[1].attn_norm = model.blocks[0].mlp_norm = model.blocks[0].attn_norm
+
+
+def share_linears(model):
+    model.blocks[1].q, model.blocks[0].v = model.blocks[0].q, model.blocks[0].k
+    model.blocks[1].down.weight = model.blocks[0].down.weight
+
+
+def untie_head(model):
+    model.head.weight = nn.Parameter(2 * model.head.weight.detach())
+
+
+def remove_block(model):
+    del model.blocks[0]
+
+
+@pytest.mark.parametrize("change", [share_norms, share_linears, untie_head, remove_block])
+def test_what_is_shared_or_missing_is_copied_as_it_runs(change):
+    model, tokens = small_model(), small_tokens()
+    change(model)
+    whole, found, before = logits(model, tokens), statistics(model, tokens), state_bytes(model)
+    smoothed = smooth(model, found, sites=PAIRS)
+    rotated = rotate(fold_gains(smoothed), random_orthogonal(48, 0), r4=True)
+    for copy, functions in ((smoothed, {}), (rotated, online(rotated))):
+        assert relative(logits(copy, tokens, functions), whole) <= 1e-6
+    assert state_bytes(model) == before and torch.equal(logits(model, tokens), whole)
+
+
+def test_a_block_that_is_used_twice():
+    model, tokens = small_model(), small_tokens()
+    model.blocks[1] = model.blocks[0]
+    folded = fold_gains(model)
+    assert relative(logits(folded, tokens), logits(model, tokens)) <= 1e-11
+    for look in (lambda: statistics(model, tokens), lambda: logits(model, tokens, {(0, "o_in"): torch.neg})):
+        with pytest.raises(ValueError, match="model must have different blocks, got 1 for 2 layers"):
+            look()
+
+
+def test_a_copy_leaves_gradients_and_precision_of_the_original():
+    model = small_model().requires_grad_(True)
+    copy = smollm.reweighted(model, {"head.weight": model.head.weight, "norm.weight": torch.ones(48)}, "some")
+    assert all(weight.requires_grad for weight in model.parameters())
+    assert not any(weight.requires_grad for weight in copy.parameters())
+    assert copy.norm.weight.dtype == torch.float64 and copy.head.weight is copy.embedding.weight
+
+
+@pytest.mark.parametrize("weights, message", [
+    ({"norm.weight": torch.full((48,), math.nan)}, r"weights\['norm.weight'\] must be finite, got 48 NaN"),
+    ({"norm.weight": torch.full((48,), 1e39).double()}, r"weights\['norm.weight'\] must be finite, got 0 NaN and 48"),
+    ({"norm.weight": np.ones(48)}, "weights must fit the model's, got 'norm.weight' of shape ndarray"),
+    ({"blocks.2.q.weight": torch.ones(1)}, "'blocks.2.q.weight' of shape .*: no such weight"),
+])
+def test_weights_that_fit_no_copy(weights, message):
+    with pytest.raises(ValueError, match=message):
+        smollm.reweighted(small_model(torch.float32), weights, "some")
+
+
+@pytest.mark.parametrize("call", [
+    lambda: perplexity(None, small_tokens()), lambda: statistics(nn.Linear(2, 2), small_tokens()),
+    lambda: smollm.quantize_weights(nn.Linear(2, 2)), lambda: kv_quantizers(None, 4), lambda: quantized(None, "O1"),
+])
+def test_what_is_no_model(call):
+    with pytest.raises(ValueError, match=r"model must be a SmolLM, got (NoneType|Linear)"):
+        call()
+
+
+@pytest.mark.parametrize("sites", [["foo"], "o_in", ["keys"]])
+def test_weights_behind_no_such_site(sites):
+    with pytest.raises(ValueError, match=r"places must be pairs .*site of attn_in, o_in, mlp_in, down_in, got"):
+        smollm.quantize_weights(small_model(), sites=sites)
+
+
+def test_kernels_need_float32():
+    with pytest.raises(ValueError, match=r"model must be of float32, got torch\.float64"):
+        smollm.torch_int8(small_model())
+    with pytest.raises(ValueError, match=r"plain layers .* got a DynamicQuantizedLinear"):
+        smollm.torch_int8(smollm.torch_int8(small_model(torch.float32)))
+
+
+class Gain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((1,), 2.0))
+
+    def forward(self, x):
+        return self.gain * x
+
+
+def test_a_copy_is_made_without_what_is_inserted_now():
+    model, gain = small_model(), Gain()
+    with inserted(model, {(0, "o_in"): gain, (1, "o_in"): gain}):
+        copy = smollm.quantize_weights(model)
+        assert model.blocks[1].o_in is gain
+    assert type(copy.blocks[0].o_in) is nn.Identity
+    assert state_bytes(copy) == state_bytes(smollm.quantize_weights(model))
+
+
+@pytest.mark.parametrize("function", [5, None, "abs"])
+def test_what_is_inserted_can_be_called(function):
+    model = small_model()
+    before = model.blocks[0].keys
+    with pytest.raises(ValueError, match=f"functions must be callable, got {function!r} at"):
+        logits(model, small_tokens(), {(0, "keys"): torch.neg, (1, "o_in"): function})
+    assert model.blocks[0].keys is before
+
+
+def test_sites_are_restored_in_a_model_that_lost_a_block():
+    model = small_model()
+    gone, stays = model.blocks
+    before = [gone.o_in, stays.o_in]
+    with inserted(model, {(0, "o_in"): torch.neg, (1, "o_in"): torch.neg}):
+        del model.blocks[0]
+    assert [gone.o_in, stays.o_in] == before
 
 
 # Perplexity and texts
@@ -476,6 +699,7 @@ def test_perplexity_leaves_no_graph_and_no_change(model):
     (some_tokens(5, 1), r"shape \(5, 1\)"),
     (some_tokens(0, 5), r"shape \(0, 5\)"),
     (some_tokens(1, 2, 3), r"shape \(1, 2, 3\)"),
+    (torch.zeros(2, 2, dtype=torch.int64, device="meta"), "on the model's device, cpu, got meta"),
     (torch.tensor([[3, -1]]), "from 0 to 49151, got -1 to 3"),
     (torch.tensor([[3, SIZES.vocab_size]]), "from 0 to 49151, got 3 to 49152"),
 ], ids=str)
