@@ -548,9 +548,9 @@ def check_places(model, places, sites=SITES, what="places must be pairs"):
     (A function at a block that is used twice would act twice.)
     """
     check_model(model)
-    if (different := len(set(model.blocks))) < len(model.blocks):
-        raise ValueError(f"model must have different blocks, got {different} for {len(model.blocks)} layers")
     places, layers = list(places), range(len(model.blocks))
+    if places and (different := len(set(model.blocks))) < len(layers):
+        raise ValueError(f"model must have different blocks, got {different} for {len(layers)} layers")
     for place in places:
         pair = isinstance(place, tuple) and len(place) == 2 and isinstance(place[1], str)
         whole = pair and isinstance(place[0], (int, np.integer)) and not isinstance(place[0], bool)

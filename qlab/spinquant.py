@@ -541,16 +541,21 @@ def proxy_inputs(model, tokens, *, per_site=2048, seed=0):
     chosen = torch.zeros(tokens.numel(), dtype=torch.bool)
     chosen[torch.randperm(tokens.numel(), generator=_generator(seed))[:per_site]] = True
     old = plain_weights(model)
-    readers = {(i, site): torch.cat([old[f"blocks.{i}.{name}.weight"] for name in READERS[site]])
+    readers = {(i, site): _in_units(torch.cat([old[f"blocks.{i}.{name}.weight"] for name in READERS[site]]))
                for i in range(len(model.blocks)) for site in ("attn_in", "mlp_in")}
     parts, weights = [], []
     for sequence, here in zip(tokens, chosen.view_as(tokens), strict=True):
         for place, x in capture(model, sequence[None], readers).items():
-            parts.append(x[here])
-            products = (parts[-1] @ readers[place].T).double().square().sum(1)
-            weight = readers[place].double().square().sum() / products
-            weights.append(weight.where(products > 0, 0).to(x.dtype))
+            parts.append(x[here].to(readers[place]))
+            products = (parts[-1] @ readers[place].T).square().sum(1)
+            weights.append((readers[place].square().sum() / products).where(products > 0, 0))
     return ProxyInputs(torch.cat(parts), torch.cat(weights))
+
+
+def _in_units(w):
+    """``w`` times a power of 2, its largest entry from 1/2 to 1, so that no square under- or overflows."""
+    w = w.to(torch.promote_types(w.dtype, torch.float32))
+    return torch.ldexp(w, -torch.frexp(w.abs().max()).exponent)
 
 
 def proxy_loss(r, inputs):

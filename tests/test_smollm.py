@@ -576,7 +576,7 @@ def test_a_copy_leaves_gradients_and_precision_of_the_original():
 
 @pytest.mark.parametrize("weights, message", [
     ({"norm.weight": torch.full((48,), math.nan)}, r"weights\['norm.weight'\] must be finite, got 48 NaN"),
-    ({"norm.weight": torch.full((48,), 1e39).double()}, r"weights\['norm.weight'\] must be finite, got 0 NaN and 48"),
+    ({"norm.weight": torch.full((48,), 1e39, dtype=torch.float64)}, "must be finite, got 0 NaN and 48 infinite values"),
     ({"norm.weight": np.ones(48)}, "weights must fit the model's, got 'norm.weight' of shape ndarray"),
     ({"blocks.2.q.weight": torch.ones(1)}, "'blocks.2.q.weight' of shape .*: no such weight"),
 ])
@@ -603,7 +603,7 @@ def test_weights_behind_no_such_site(sites):
 def test_kernels_need_float32():
     with pytest.raises(ValueError, match=r"model must be of float32, got torch\.float64"):
         smollm.torch_int8(small_model())
-    with pytest.raises(ValueError, match=r"plain layers .* got a DynamicQuantizedLinear"):
+    with pytest.raises(ValueError, match="model must be made of plain layers"):
         smollm.torch_int8(smollm.torch_int8(small_model(torch.float32)))
 
 
@@ -657,18 +657,18 @@ def test_perplexity_of_a_paragraph(model, reference):
     assert type(found) is float
 
 
-def test_perplexity_is_over_all_tokens_of_all_sequences(model):
-    tokens = model.encode(PARAGRAPH)[0, :96].view(4, 24)
+def test_perplexity_is_over_all_tokens_of_all_sequences():
+    model, tokens = small_model(), small_tokens(4, 24)
     each = [perplexity(model, sequence[None]) for sequence in tokens]
-    assert perplexity(model, tokens) == pytest.approx(math.exp(sum(map(math.log, each)) / 4), rel=1e-5)
+    assert perplexity(model, tokens) == pytest.approx(math.exp(sum(map(math.log, each)) / 4), rel=1e-12)
 
 
-def test_perplexity_does_not_depend_on_the_chunks(model, monkeypatch):
-    tokens = model.encode(PARAGRAPH)[:, :21]
+def test_perplexity_does_not_depend_on_the_chunks(monkeypatch):
+    model, tokens = small_model(), small_tokens(1, 21)
     expected = perplexity(model, tokens)
     for positions in (1, 7, 19, 20, 21, 10_000):
         monkeypatch.setattr(smollm, "_HEAD_POSITIONS", positions)
-        assert perplexity(model, tokens) == pytest.approx(expected, rel=1e-5)
+        assert perplexity(model, tokens) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.filterwarnings("error")
