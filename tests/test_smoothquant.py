@@ -9,63 +9,29 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from torch import nn
 
 from qlab import smollm
 from qlab.affine import absmax_params, fake_quantize, mse
 from qlab.outliers import statistics
-from qlab.smollm import READERS, SITES, SmolLM, inserted, reweighted, texts
-from qlab.smoothquant import (
-    PAIRS,
-    quantized,
-    smooth,
-    smoothing_scales,
-)
-
-SIZES = {"VOCABULARY": 60, "CHANNELS": 48, "HIDDEN": 96, "LAYERS": 2, "HEADS": 4, "KV_HEADS": 2}
-
-
-def small_model(dtype=torch.float64, seed=0):
-    """A LLaMA of two layers with random weights and gains; the sizes in `qlab.smollm` must be patched."""
-    generator = torch.Generator().manual_seed(seed)
-    model = SmolLM()
-    for name, parameter in model.named_parameters():
-        values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.data = (values.exp() if "norm" in name else values / math.sqrt(parameter.shape[1])).to(dtype)
-    return model.eval().requires_grad_(False)
+from qlab.smollm import READERS, SITES, reweighted, texts
+from qlab.smoothquant import PAIRS, quantized, smooth, smoothed_statistics, smoothing_scales
+from tests.small_model import logits, relative, small_model, some_tokens, state_bytes
 
 
 @pytest.fixture
-def sizes(monkeypatch):
-    for name, value in SIZES.items():
-        monkeypatch.setattr(smollm, name, value)
-
-
-@pytest.fixture
-def model(sizes):
+def model():
     return small_model()
 
 
 @pytest.fixture
 def tokens():
-    return torch.randint(SIZES["VOCABULARY"], (2, 16), generator=torch.Generator().manual_seed(1))
+    return some_tokens()
 
 
 @pytest.fixture
 def found(model, tokens):
     return statistics(model, tokens)
-
-
-def logits(model, tokens, functions=()):
-    with torch.inference_mode(), inserted(model, dict(functions)):
-        return model(tokens)
-
-
-def relative(y, reference):
-    return float((y - reference).abs().max() / reference.abs().max())
-
-
-def state_bytes(model):
-    return {name: value.numpy().tobytes() for name, value in model.state_dict().items()}
 
 
 # The scales
@@ -95,6 +61,30 @@ def test_dead_channels_as_in_the_published_code():
     a, w = np.array([0.0, 4.0, 0.0]), np.array([4.0, 0.0, 0.0])
     np.testing.assert_allclose(smoothing_scales(a, w, 0.5), [1e-5, 2 / math.sqrt(1e-5), 1e-5])
     np.testing.assert_allclose(smoothing_scales(a, w, 0), [0.25, 1e5, 1e5])
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e-9, 1e-6, 1e30])
+@pytest.mark.parametrize("alpha", [0, 0.5, 1])
+def test_scales_follow_the_units(unit, alpha):
+    a, w = np.float32([1, 4, 9, 0.25]), np.float32([2, 0.5, 1, 3])
+    expected = smoothing_scales(a, w, alpha)
+    np.testing.assert_allclose(smoothing_scales(unit * a, w, alpha), expected * unit**alpha, rtol=1e-6)
+    small = smoothing_scales(a, np.float32(unit) * w, alpha)
+    np.testing.assert_allclose(small, expected * unit ** (alpha - 1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("alpha", [0, 0.5, 1])
+def test_scales_are_finite_and_no_zero(dtype, alpha):
+    ends = [0, float(np.finfo(dtype).smallest_subnormal), 1, float(np.finfo(dtype).max)]
+    a, w = (values.ravel() for values in np.meshgrid(np.array(ends, dtype), np.array(ends, dtype)))
+    for s in (smoothing_scales(a, w, alpha), smoothing_scales(torch.tensor(a), torch.tensor(w), alpha).numpy()):
+        assert (s > 0).all() and np.isfinite(s).all() and s.dtype == dtype
+
+
+def test_scales_of_other_arrays():
+    for ones in (nn.Parameter(torch.ones(2)), torch.ones(2, dtype=torch.bfloat16), torch.ones(2).half(), [1, 1]):
+        assert smoothing_scales(ones, np.float32([4, 16]), np.float32(0.5)).tolist() == [0.5, 0.25]
 
 
 @pytest.mark.parametrize("x_absmax, w_absmax, alpha, message", [
@@ -182,11 +172,43 @@ def test_smoothing_refuses(model, found, tokens):
         ((model, found, 1.5), "alpha must be a number from 0 to 1, got 1.5"),
         ((model, found, {"attn_in": 0.5}), "alpha must have a number for 'mlp_in'"),
         ((model, missing), "found must have statistics of each place, got none of (1, 'mlp_in')"),
+        ((model, None), "found must be a dict of statistics, got NoneType"),
+        ((model, found | {(2, "o_in"): found[1, "o_in"]}), "found must be statistics of this model, by (layer, site)"),
     ]:
-        with pytest.raises(ValueError, match=re.escape(message)):
-            smooth(*arguments)
+        for function in (smooth, smoothed_statistics):
+            with pytest.raises(ValueError, match=re.escape(message)):
+                function(*arguments)
     with pytest.raises(ValueError, match=re.escape("sites must be of attn_in, mlp_in, down_in, got 'o_in'")):
         smooth(model, found, sites=["o_in"])
+
+
+def test_statistics_of_a_model_before_it_lost_a_block(model, found):
+    del model.blocks[0]
+    for function in (smooth, smoothed_statistics, lambda *arguments: quantized(arguments[0], "O3", arguments[1])):
+        with pytest.raises(ValueError, match=r"found must be statistics of this model.* 0 to 0 .*got \(1, 'attn_in'\)"):
+            function(model, found)
+
+
+def test_smoothing_refuses_what_is_not_finite(model, found):
+    model.blocks[1].attn_norm.weight[5] = math.nan
+    with pytest.raises(ValueError, match=r"weights\['blocks.1.attn_norm.weight'\] must be finite, got 1 NaN"):
+        smooth(model, found)
+    model.blocks[1].q.weight[3, 4] = math.nan
+    with pytest.raises(ValueError, match="w_absmax must be finite, got 1 NaN"):
+        smooth(model, found)
+
+
+def test_dead_channels_and_small_weights_change_nothing(tokens):
+    model = small_model(torch.float32)
+    model.blocks[0].attn_norm.weight[5] = 0
+    for name in "qkv":
+        getattr(model.blocks[0], name).weight[:, 7] = 0
+        getattr(model.blocks[1], name).weight.mul_(1e-12)
+    model.blocks[1].attn_norm.weight.mul_(1e-12)
+    found = statistics(model, tokens)
+    assert relative(logits(smooth(model, found, sites=PAIRS), tokens), logits(model, tokens)) < 1e-5
+    absmax = statistics(smooth(model, found, 1.0), tokens)[1, "attn_in"].absmax
+    torch.testing.assert_close(absmax, torch.ones(48), rtol=1e-4, atol=0)  # small ones are levelled too
 
 
 # Quantization
@@ -238,7 +260,7 @@ def test_levels_refuse(model, arguments, message):
         quantized(model, *arguments)
 
 
-def test_torch_kernels(sizes, tokens):
+def test_torch_kernels(tokens):
     model = small_model(torch.float32)
     before, reference = state_bytes(model), logits(model, tokens)
     kernels = smollm.torch_int8(model, in_float=["down"])

@@ -12,7 +12,7 @@ import torch
 from scipy.linalg import hadamard as sylvester
 from torch import nn
 
-from qlab import explorers, smollm, spinquant_study
+from qlab import explorers, smollm
 from qlab.outliers import capture, dynamic_quantizers
 from qlab.smollm import READERS, SITES, reweighted, texts
 from qlab.spinquant import (
@@ -23,7 +23,6 @@ from qlab.spinquant import (
     fold_gains,
     hadamard,
     kv_quantizers,
-    learn_end_to_end,
     learn_rotation,
     online,
     proxy_inputs,
@@ -32,31 +31,27 @@ from qlab.spinquant import (
     random_orthogonal,
     rotate,
 )
-from tests.test_smoothquant import SIZES, logits, relative, small_model, state_bytes
+from qlab.studies import spinquant as study
+from qlab.studies.spinquant import learn_end_to_end
+from tests.small_model import logits, relative, small_model, some_tokens, state_bytes
 
 ORDERS = [1, 2, 4, 12, 20, 24, 32, 40, 64, 80, 96, 144, 160, 240, 288, 400, 512, 576, 1536]
 DOUBLE = torch.float64
 
 
 @pytest.fixture
-def sizes(monkeypatch):
-    for name, value in SIZES.items():
-        monkeypatch.setattr(smollm, name, value)
+def model():
+    return small_model()
 
 
 @pytest.fixture
-def model(sizes):
-    return small_model()
+def tokens():
+    return some_tokens()
 
 
 @pytest.fixture
 def folded(model):
     return fold_gains(model)
-
-
-@pytest.fixture
-def tokens():
-    return torch.randint(SIZES["VOCABULARY"], (2, 16), generator=torch.Generator().manual_seed(1))
 
 
 def normal(*shape, seed=0, dtype=DOUBLE):
@@ -91,6 +86,38 @@ def test_orders_that_cannot_be_built(n, near):
             function(n)
 
 
+@pytest.mark.parametrize("n", [10**9 + 1, 10**18 + 1, 2**40 - 1])
+def test_large_orders_are_refused_at_once(n):
+    with pytest.raises(ValueError, match=f"such as [0-9]+ or [0-9]+, got {n}$"):
+        hadamard(n)
+
+
+def test_the_orders_named_are_the_nearest():
+    orders = sorted({2**i * 12**j * 20**k for i in range(13) for j in range(5) for k in range(4)})
+    for below, above in itertools.pairwise(order for order in orders if order < 4000):
+        if above - below > 1:
+            with pytest.raises(ValueError, match=f"such as {below} or {above}, got {below + 1}$"):
+                hadamard(below + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int8, "float32", np.float32], ids=str)
+def test_precisions_that_cannot_be(dtype):
+    for make in (lambda: random_hadamard(4, 0, dtype), lambda: random_orthogonal(4, 0, dtype)):
+        with pytest.raises(ValueError, match=r"dtype must be a torch\.dtype of floats, got"):
+            make()
+    if dtype == torch.int8:
+        assert torch.equal(hadamard(4, dtype).float(), hadamard(4))
+    else:
+        with pytest.raises(ValueError, match=r"dtype must be a torch\.dtype with a sign, got"):
+            hadamard(4, dtype)
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**63), 2**64 - 1, 2**80, np.uint64(2**64 - 1)])
+def test_any_integer_is_a_seed(seed):
+    signs = 2 * torch.randint(2, (4, 1), generator=torch.Generator().manual_seed(int(seed) % 2**64)) - 1
+    assert torch.equal(random_hadamard(4, seed), signs * hadamard(4) / 2)
+
+
 @pytest.mark.parametrize("n", [0, -4, 2.0, True, "4"])
 def test_orders_that_are_none(n):
     for function in (hadamard, lambda n: random_orthogonal(n, 0)):
@@ -116,6 +143,16 @@ def test_fast_transform(n):
     torch.testing.assert_close(single, (x @ matrix).float(), rtol=0, atol=1e-5)
     torch.testing.assert_close(fast_hadamard(x[0, 0]), x[0, 0] @ matrix, rtol=0, atol=1e-12)
     torch.testing.assert_close(fast_hadamard(x.transpose(0, 1)), x.transpose(0, 1) @ matrix, rtol=0, atol=1e-12)
+
+
+def test_fast_transform_in_half_precision():
+    x = torch.full((1536,), 40.0).half()
+    x[0] = 60_000  # what the factors sum up on the way is more than the result
+    for dtype in (torch.float16, torch.bfloat16):
+        y = fast_hadamard(x.to(dtype))
+        assert y.dtype == dtype
+        torch.testing.assert_close(y, fast_hadamard(x.to(dtype).double()).to(dtype), rtol=0, atol=0)
+    assert torch.equal(fast_hadamard(nn.Parameter(torch.ones(4))), torch.tensor([2.0, 0, 0, 0]))
 
 
 def test_gradients_after_a_first_use_in_inference_mode():
@@ -219,6 +256,22 @@ def test_quantizers_after_the_online_rotation(folded):
     assert set(quantizers) == {(0, "down_in"), (0, "o_in")}
 
 
+def test_r4_comes_in_front_once(folded):
+    rotated = rotate(folded, R1, r4=True)
+    for functions in (online(rotated), online(rotated, dynamic_quantizers(places=[(0, "down_in")]))):
+        with pytest.raises(ValueError, match=r"functions must not come from online\(\) .* at \(0, 'down_in'\)"):
+            online(rotated, functions)
+
+
+def test_rotating_refuses_what_is_not_finite(model, folded):
+    folded.blocks[1].down.weight[3, 4] = math.inf
+    with pytest.raises(ValueError, match=r"weights\['blocks.1.down.weight'\] must be finite"):
+        rotate(folded, R1)
+    model.norm.weight[3] = math.nan
+    with pytest.raises(ValueError, match=r"weights\['head.weight'\] must be finite, got 60 NaN"):
+        fold_gains(model)
+
+
 def test_forgetting_the_gains_breaks_the_model(model, folded, tokens):
     with pytest.raises(ValueError, match=re.escape("rotate(fold_gains(model), …); got one that was changed: not at")):
         rotate(model, R1)
@@ -255,9 +308,9 @@ def test_chain():
 
 
 @pytest.mark.parametrize("r3", [False, True])
-def test_kv_quantizers(r3):
-    functions = kv_quantizers(3, r3=r3, layers=[4])
-    assert set(functions) == {(4, "keys"), (4, "values")} | ({(4, "queries")} if r3 else set())
+def test_kv_quantizers(model, r3):
+    functions = kv_quantizers(model, 3, r3=r3)
+    assert set(functions) == {(i, site) for i in range(2) for site in ("keys", "values", *["queries"] * r3)}
     x = normal(2, 3, 5, 64)
     rotated = x @ hadamard(64, DOUBLE) / 8 if r3 else x
     for site, before in (("keys", rotated), ("values", x)):
@@ -265,11 +318,11 @@ def test_kv_quantizers(r3):
         s = (high - low) / 7
         z = -(low / s).round()
         expected = s * (((before / s).round() + z).clamp(0, 7) - z)
-        torch.testing.assert_close(functions[4, site](x), expected, rtol=0, atol=1e-11)
+        torch.testing.assert_close(functions[1, site](x), expected, rtol=0, atol=1e-11)
     if r3:
-        torch.testing.assert_close(functions[4, "queries"](x), rotated, rtol=0, atol=1e-11)
+        torch.testing.assert_close(functions[1, "queries"](x), rotated, rtol=0, atol=1e-11)
     with pytest.raises(ValueError, match="bits must be an integer from 2 to 16, got 1"):
-        kv_quantizers(1)
+        kv_quantizers(model, 1)
 
 
 # Cayley SGD
@@ -355,6 +408,41 @@ def test_qr_once_in_a_hundred_and_one_steps():
         torch.testing.assert_close(r, torch.eye(2, dtype=DOUBLE), rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_step_that_is_not_finite_changes_nothing(bad):
+    first, second = nn.Parameter(torch.eye(3)), nn.Parameter(torch.eye(4))
+    optimizer = CayleySGD([first, second], lr=0.1, momentum=0.5)
+    first.grad, second.grad = normal(3, 3, dtype=torch.float32), normal(4, 4, dtype=torch.float32)
+    optimizer.step()
+    before = [r.detach().clone() for r in (first, second)]
+    state = {r: dict(optimizer.state[r]) for r in (first, second)}
+    chance = optimizer._chance.get_state()
+    second.grad[1, 2] = bad
+    with pytest.raises(ValueError, match="params and their gradients must be finite"):
+        optimizer.step()
+    assert torch.equal(first, before[0]) and torch.equal(second, before[1])
+    assert torch.equal(optimizer._chance.get_state(), chance)
+    assert all(optimizer.state[r][name] is value for r in state for name, value in state[r].items())
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-20, 1e30, 1e38])
+def test_gradients_of_any_size_keep_it_orthogonal(size):
+    r, _ = one_step(torch.eye(6), size * normal(6, 6, dtype=torch.float32).sign(), lr=0.1)
+    assert (r @ r.T - torch.eye(6)).abs().max() < 0.05
+
+
+def test_a_group_that_is_refused_is_not_added():
+    r, other = nn.Parameter(torch.eye(3)), nn.Parameter(torch.eye(4))
+    optimizer = CayleySGD([r], lr=0.1)
+    for group, message in (({"params": [other], "lr": -1}, "lr must be"), ({"params": [r]}, "more than one"),
+                           ({"params": [nn.Parameter(torch.ones(3))]}, "params must be matrices")):
+        with pytest.raises(ValueError, match=message):
+            optimizer.add_param_group(group)
+        assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [other], "lr": 1})
+    assert optimizer.param_groups[1]["lr"] == 1.0
+
+
 def test_a_closure_and_parameters_without_gradients():
     moved, still = nn.Parameter(torch.eye(3)), nn.Parameter(torch.eye(4))
     optimizer = CayleySGD([moved, still], lr=0.1)
@@ -377,6 +465,9 @@ def test_a_closure_and_parameters_without_gradients():
     (torch.eye(3), {"lr": 1.0, "seed": True}, "seed must be an integer, got True"),
     (torch.eye(3), {"lr": 1.0, "momentum": 1.0}, "momentum must be at least 0 and less than 1, got 1.0"),
     (torch.eye(3), {"lr": 1.0, "seed": None}, "seed must be an integer, got None"),
+    (torch.full((2, 2), math.nan), {"lr": 1.0}, "params must be finite, got 4 NaN"),
+    (torch.eye(3).half(), {"lr": 1.0}, "in float32 or float64, got torch.float16"),
+    (torch.eye(3).bfloat16(), {"lr": 1.0}, "in float32 or float64, got torch.bfloat16"),
     (torch.zeros(3), {"lr": 1.0}, "params must be matrices with at most as many rows as columns, got shape (3,)"),
     (torch.zeros(3, 2), {"lr": 1.0}, "params must be matrices with at most as many rows as columns, got shape (3, 2)"),
 ])
@@ -404,6 +495,20 @@ def test_proxy_inputs_are_what_the_layers_receive(folded, tokens):
         for x, weight in zip(found.x.numpy(), found.weight.tolist(), strict=True):
             assert weight == pytest.approx(expected[x.tobytes()], rel=1e-9)
     assert not torch.equal(some.x, proxy_inputs(folded, tokens, per_site=10, seed=4).x)
+
+
+def test_a_vector_without_products_weighs_nothing(folded):
+    folded.embedding.weight[7] = 0
+    inputs = proxy_inputs(folded, torch.tensor([[7, 7, 3]]), per_site=3)
+    assert inputs.weight[:2].tolist() == [0, 0] and inputs.weight.isfinite().all() and inputs.weight[2] > 0
+
+
+def test_weights_of_the_proxy_have_no_unit(tokens):
+    small = fold_gains(small_model(torch.float32))
+    weight = proxy_inputs(small, tokens).weight
+    for name in "qkv":
+        getattr(small.blocks[0], name).weight.mul_(1e-25)
+    torch.testing.assert_close(proxy_inputs(small, tokens).weight[:16], weight[:16])  # of what they read
 
 
 def test_proxy_loss_and_its_gradient():
@@ -485,6 +590,44 @@ def test_the_proxy_refuses(model, folded, tokens):
             learn_rotation(outliers(10, 0), **{"start": torch.eye(16)} | arguments)
 
 
+@pytest.mark.parametrize("x, weight, message", [
+    (torch.full((3, 4), math.nan), torch.ones(3), "inputs.x must be finite, got 12 NaN"),
+    (torch.ones(3, 4), torch.full((3,), math.inf), "inputs.weight must be finite"),
+    (torch.ones(3, 4), torch.ones(2), "inputs must be x of shape (vectors, channels)"),
+    (torch.ones(4), torch.ones(4), "inputs must be x of shape (vectors, channels)"),
+    (torch.ones(0, 4), torch.ones(0), "inputs.x must not be empty"),
+    (np.ones((3, 4)), np.ones(3), "inputs must be tensors, got ndarray, ndarray"),
+])
+def test_inputs_that_are_none(x, weight, message):
+    for call in (lambda inputs: learn_rotation(inputs, start=torch.eye(4)), lambda i: proxy_loss(torch.eye(4), i)):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call(ProxyInputs(x, weight))
+
+
+@pytest.mark.parametrize("r", [torch.eye(3), np.eye(4), None])
+def test_the_proxy_of_no_rotation(r):
+    with pytest.raises(ValueError, match=re.escape("r must be a tensor of shape (4, 4), got")):
+        proxy_loss(r, ProxyInputs(torch.ones(3, 4), torch.ones(3)))
+
+
+def test_learning_from_other_precisions_and_without_gradients():
+    x, weight = outliers(50, 0)
+    x.requires_grad_()
+    with torch.no_grad():
+        first, second = (next(learn_rotation(ProxyInputs(kind(x), kind(weight)), start=torch.eye(16), steps=1))
+                         for kind in (lambda t: t, lambda t: t.bfloat16()))
+    assert first.loss == pytest.approx(second.loss, rel=0.02) and x.grad is None
+
+
+def test_learning_stops_where_the_loss_overflows():
+    x, weight = outliers(50, 0)
+    start = torch.eye(16)
+    run = learn_rotation(ProxyInputs(1e25 * x, weight), start=start, steps=1)
+    with pytest.raises(ValueError, match="params and their gradients must be finite"):
+        next(run)
+    assert torch.equal(start, torch.eye(16))
+
+
 # End to end
 
 
@@ -539,12 +682,12 @@ def test_end_to_end_learning_needs_folded_gains(model, tokens):
 
 
 def test_the_table_says_what_the_lesson_says():
-    table = spinquant_study.load()
+    table = study.load()
     found = {}
     for row in table["rows"]:
         found.setdefault(row["method"], []).append(row["perplexity"])
-    (none,), end_to_end = found["none"], found[spinquant_study.END_TO_END]
-    residual, random, orthogonal, learned = (found[method] for method in spinquant_study.METHODS[1:])
+    (none,), end_to_end = found["none"], found[study.END_TO_END]
+    residual, random, orthogonal, learned = (found[method] for method in study.METHODS[1:])
     assert {len(some) for some in (residual, random, orthogonal, learned, end_to_end)} == {5}
     assert min(orthogonal) > max(random) > min(random) > max(learned)
     assert min(learned) < 0.92 * min(random)
@@ -559,7 +702,7 @@ def test_the_table_says_what_the_lesson_says():
     for bits in (3, 4):
         without, turned = (entry["perplexity"] for entry in table["cache"] if entry["bits"] == bits)
         assert turned < without
-    r1 = spinquant_study.learned_rotation()
+    r1 = study.learned_rotation()
     torch.testing.assert_close(r1.T @ r1, torch.eye(576), rtol=0, atol=1e-5)
 
 

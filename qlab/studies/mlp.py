@@ -1,4 +1,4 @@
-"""Make ``digits.npz``, two small deep networks and their data: ``python -m qlab.samples.train_mlp``.
+"""Make ``digits.npz``, two small deep networks and their data: ``python -m qlab.studies.mlp``.
 
 The lessons only load the finished file. The data are the hand-written digits that scikit-learn ships: 1,797 images of
 8 × 8 pixels from 0 to 16, a part of the UCI data set "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak
@@ -26,7 +26,7 @@ from torch import nn
 
 from qlab import samples
 
-OUT = Path(__file__).with_name("digits.npz")
+OUT = Path(samples.__file__).with_name("digits.npz")
 TEST_IMAGES = CALIBRATION_IMAGES = 360
 HIDDEN_LAYERS, UNITS = 8, 64
 EPOCHS, BATCH, LEARNING_RATE = 120, 64, 2e-3

@@ -1,4 +1,4 @@
-"""Make ``smollm2.npz`` and ``outliers_*.npz``, small real arrays out of a real LLM: ``python -m qlab.samples.extract``.
+"""Make ``smollm2.npz`` and ``outliers_*.npz``, small real arrays out of a real LLM: ``python -m qlab.studies.samples``.
 
 The lessons only load the finished files.  The model is that of `qlab.smollm`, whose matrices were stored in 4 bits (a
 scale and a real-valued offset for every 32 weights of a row).  One trap: quantizing weights to 4 bits in groups of 32
@@ -33,9 +33,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from qlab import outliers, smollm
+from qlab import outliers, samples, smollm
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(samples.__file__).parent
 PROSE = pydoc_data.topics.topics["objects"]
 CODE = inspect.getsource(colorsys.hls_to_rgb)
 PLACE, TOKENS, NEW_TOKENS, ROWS = (5, "mlp_in"), 128, 64, 192

@@ -1,4 +1,4 @@
-"""Lesson 04's table: PTQ against QAT, over schemes, bits and seeds. ``python -m qlab.qat_study`` makes it again.
+"""Lesson 04's table: PTQ against QAT, over schemes, bits and seeds. ``python -m qlab.studies.qat`` makes it again.
 
 The command trains the network of `qlab.digits` further, once for each scheme, number of bits and seed, and writes
 ``qat_study.json`` beside the samples: some minutes on two cores. The lesson loads that file and repeats one row.
