@@ -95,7 +95,7 @@ def digits_ptq():
     layers = ptq.layers(model)
     (first, *_), (*_, last) = layers, layers
     observed = ptq.observe(model, data.train_images[:_CALIBRATION_IMAGES])
-    exact = _outputs(model, layers, images)
+    exact = _outputs(model, images)
     float_right = exact[last].argmax(1) == labels
     float_accuracy = 100 * float_right.double().mean().item()
     signal = {name: x.square().sum() for name, x in exact.items()}
@@ -116,13 +116,13 @@ def digits_ptq():
     def compute(*, weight_bits, activation_bits, calibrator, weights, weight_range, mode):
         quantized = with_quantized_weights(weight_bits, weights, weight_range)
         quantized_layers = {name: quantized.get_submodule(name) for name in layers}
-        for name, layer in quantized_layers.items():
+        for name, layer in quantized_layers.items():  # of the cached model: quantizing its weights anew costs a step
             if mode == "dynamic":
                 layer.input_params, layer.dynamic_bits = None, activation_bits
             else:
                 ends = torch.tensor(ranges(calibrator, activation_bits)[name])
                 layer.input_params, layer.dynamic_bits = zero_point_params(ends, activation_bits), None
-        outputs = _outputs(quantized, quantized_layers, images)
+        outputs = _outputs(quantized, images)
         readings = outputs[last].argmax(1)
         right = readings == labels
         broken = (float_right & ~right).nonzero().flatten().tolist()
@@ -178,10 +178,9 @@ def _most_confused(labels, readings):
     return f"{label} read as {reading}, {times} time{'s' * (times > 1)}" if times else "none"
 
 
-def _outputs(model, named_layers, images):
+def _outputs(model, images):
     """What each layer puts out for the images."""
-    records = ptq._record(model, named_layers, images, None, lambda inputs, output: output)
-    return {name: output for name, (output,) in records.items()}
+    return {name: output for name, (output,) in ptq.outputs(model, images).items()}
 
 
 def _in_two_rows(controls, chips):

@@ -94,7 +94,7 @@ def forward(tokens=512, repeats=7):
     """Median seconds of one sequence through each, in turns."""
     model = smollm.load(progress=False)
     llama = transformers_model(model)
-    x = torch.randint(smollm.VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(0))
+    x = torch.randint(smollm.Sizes.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     runs = {"ours": lambda: model(x), "transformers": lambda: llama(x, use_cache=False).logits}
     seconds = {name: [] for name in runs}
     for i in range(repeats + 1):

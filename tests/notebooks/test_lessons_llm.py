@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from qlab import outliers, smollm, smoothquant, spinquant, spinquant_study
+from qlab import outliers, smollm, smoothquant, spinquant
+from qlab.studies.spinquant import quantized_perplexity
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ def test_lesson_07_rotations_help_and_the_gains_come_first(llm, exact):
     model, _, tokens = llm
     folded = spinquant.fold_gains(model)
     r1, r2 = spinquant.random_hadamard(576, 0), spinquant.random_hadamard(64, 0)
-    none, some, most = (spinquant_study.quantized_perplexity(net, tokens) for net in (
+    none, some, most = (quantized_perplexity(net, tokens) for net in (
         folded, spinquant.rotate(folded, r1, r2), spinquant.rotate(folded, r1, r2, r4=True)))
     assert none > 3 * some > 3 * most > 3 * exact
     assert perplexity(llm, {}, spinquant.rotate(model, r1, r2, check=False)) > 1e6
