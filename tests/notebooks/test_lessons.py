@@ -11,10 +11,18 @@ import pytest
 import torch
 from torch.ao.quantization import MinMaxObserver
 
-from qlab import samples
-from qlab.affine import absmax_params, dequantize, quantize, zero_point_params
+from qlab import calibration, samples
+from qlab.affine import (
+    absmax_params,
+    dequantize,
+    fake_quantize,
+    quantize,
+    range_params,
+    sqnr_db,
+    zero_point_params,
+)
 from qlab.explorers import drift, mapping
-from qlab.floats import FP32, decode, encode, fields
+from qlab.floats import FORMATS, FP4_E2M1, FP32, decode, encode, fields
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 SEVEN = np.float32([5.47, 3.08, -7.59, 0, -1.95, -4.57, 10.8])
@@ -34,7 +42,8 @@ def printed(lesson):
 
 def functions(lesson, *names):
     """Functions that a lesson defines, as it defines them."""
-    scope = {"np": np, "onnxruntime": onnxruntime, "samples": samples}
+    scope = {"np": np, "onnxruntime": onnxruntime, "samples": samples, "absmax_params": absmax_params,
+             "fake_quantize": fake_quantize, "sqnr_db": sqnr_db, "encode": encode, "decode": decode}
     for cell in cells(lesson):
         if any(f"def {name}(" in cell.source for name in names):
             exec(cell.source, scope)
@@ -134,3 +143,74 @@ def test_lesson_03_data_that_shrinks_first_fits_again():
         found[gain] = moved.readout["static_sqnr_db"]
     assert found[0.8] > found[1] + 3
     assert 5.5 < found[0.5] - found[0.25] < 6.5
+
+
+@pytest.mark.parametrize("lesson, text", [
+    ("00", "codes 1 0 -1 0 0 0 1 halfway between 0 and 10.8: 5.4"),
+    ("01", "by hand 1101011101101010, encode 1101011101101010"), ("01", "by hand 65504.0 qlab 65504.0"),
+    ("01", "by hand 11101111, encode 11101111"), ("01", "IEEE 754: 240.0 E4M3: 448.0 qlab 448.0"),
+    ("03", "range to 6.0: rounding 0.0383 + clipping 0.0000 = MSE 0.0383"),
+    ("03", "range to 2.5: rounding 0.0133 + clipping 2.0417 = MSE 2.0550"), ("03", "cut after 6 bins: KL = 0.0194"),
+])
+def test_a_small_case_by_hand_is_printed(lesson, text):
+    assert text in printed(lesson)
+
+
+def test_lesson_01_rule_for_the_bias_holds_for_all_formats():
+    assert all(fmt.bias == 2 ** (fmt.exponent_bits - 1) - 1 for fmt in FORMATS)
+
+
+def test_lesson_02_in_groups_integers_are_level_with_fp4_and_clipped_ahead():
+    (side_by_side,) = functions("02", "side_by_side")
+    weights = samples.load("weights")
+    integers, floats = side_by_side(weights.reshape(-1, 32), 4, FP4_E2M1)
+    assert abs(integers - floats) < 0.5
+    integers, floats = side_by_side(weights.reshape(1, -1), 4, FP4_E2M1)
+    assert integers < floats - 4 < sqnr_db(weights, fake_quantize(weights, range_params(-0.506, 0.506, 4))) - 4
+
+
+def test_lesson_03_kl_by_hand_is_the_calibrators():
+    (divergence,) = functions("03", "divergence")
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        counts = rng.integers(0, 4, rng.integers(8, 60))  # many bins are empty
+        counts[0] = 1
+        levels = int(rng.integers(2, 8))
+        cut = int(rng.integers(levels, counts.size + 1))
+        assert divergence(counts, cut, levels) == pytest.approx(calibration._divergence(counts, cut, levels))
+
+
+def test_lesson_03_cut_on_2048_bins_is_that_of_entropy():
+    ours = re.search(r"our cut is after \d+ bins: β = (\S+) 128 levels: β = (\S+) 256 levels: β = (\S+)", printed("03"))
+    assert ours[1] == ours[2] != ours[3]
+
+
+def sources(lesson):
+    (path,) = NOTEBOOKS.glob(f"{lesson}_*.ipynb")
+    return [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"]
+
+
+@pytest.mark.parametrize("lesson", ["01", "02", "03"])
+def test_an_hour_leads_through_a_lesson_and_the_rest_is_marked_as_optional(lesson):
+    texts = sources(lesson)
+    stated = re.search(r"\*\*Time\*\* (\d+) minutes, and\s+(\d+) more", "\n".join(texts))
+    rows = re.findall(r"^\| (\d+ .*) \| (\d*) ?\| (\d*).*\|$", "\n".join(texts), re.MULTILINE)
+    path, optional = (sum(int(row[i] or 0) for row in rows) for i in (1, 2))
+    assert (path, optional) == (int(stated[1]), int(stated[2]))
+    assert path <= 60
+    assert f"| {path} + {optional} |" in next(text for text in sources("00") if f"]({lesson}_" in text)
+    headings = [match[1] for text in texts if (match := re.match(r"## (\d+\. .*)", text))]
+    assert headings == [f"{row[0].replace(' ', '. ', 1)}{'' if row[1] else ' (optional)'}" for row in rows]
+
+
+@pytest.mark.parametrize("lesson", ["00", "01", "02", "03"])
+def test_what_answers_a_question_is_folded(lesson):
+    (path,) = NOTEBOOKS.glob(f"{lesson}_*.ipynb")
+    asked, found = False, 0
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "markdown":
+            asked = "**Predict" in cell.source or (asked and "What you saw" not in cell.source)
+        elif asked and any(output.output_type == "stream" for output in cell.outputs):
+            assert cell.metadata.get("jupyter", {}).get("outputs_hidden"), cell.source
+            found += 1
+    assert found
