@@ -568,10 +568,12 @@ def test_a_block_that_is_used_twice():
 
 def test_a_copy_leaves_gradients_and_precision_of_the_original():
     model = small_model().requires_grad_(True)
-    copy = smollm.reweighted(model, {"head.weight": model.head.weight, "norm.weight": torch.ones(48)}, "some")
+    weights = {"head.weight": model.head.weight, "norm.weight": model.norm.weight,
+               "blocks.0.attn_norm.weight": torch.ones(48)}
+    copy = smollm.reweighted(model, weights, "some")
     assert all(weight.requires_grad for weight in model.parameters())
     assert not any(weight.requires_grad for weight in copy.parameters())
-    assert copy.norm.weight.dtype == torch.float64 and copy.head.weight is copy.embedding.weight
+    assert copy.blocks[0].attn_norm.weight.dtype == torch.float64 and copy.head.weight is copy.embedding.weight
 
 
 @pytest.mark.parametrize("weights, message", [
