@@ -47,7 +47,7 @@ EDGES = (  # the fewest bits, and the largest and smallest numbers that FP64 lea
     FloatFormat("E5M2, down to 2^-1074", 5, 2, bias=1073),
 )
 SMALL = [fmt for fmt in EVERY if fmt.bits <= 8] + [*EDGES]
-IN_FRACTIONS = settings(max_examples=200)
+IN_FRACTIONS = settings(max_examples=60)
 
 
 def per_format(formats):
