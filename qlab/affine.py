@@ -86,7 +86,7 @@ class QParams:
         if not bool(xp.all(scale <= xp.finfo(scale.dtype).max / steps)):
             raise ValueError(f"scale must give levels that are finite in {scale.dtype}, got {_short(self.scale)} "
                              f"with codes from {qmin} to {qmax}")
-        values = {"scale": scale, "zero_point": xp.astype(zero_point, xp.int32), "qmin": qmin, "qmax": qmax}
+        values = {"scale": scale, "zero_point": xp.asarray(zero_point, dtype=xp.int32), "qmin": qmin, "qmax": qmax}
         for field, value in values.items():
             object.__setattr__(self, field, value)
 
