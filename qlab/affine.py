@@ -86,7 +86,7 @@ class QParams:
         if not bool(xp.all(scale <= xp.finfo(scale.dtype).max / steps)):
             raise ValueError(f"scale must give levels that are finite in {scale.dtype}, got {_short(self.scale)} "
                              f"with codes from {qmin} to {qmax}")
-        values = {"scale": scale, "zero_point": xp.astype(zero_point, xp.int32), "qmin": qmin, "qmax": qmax}
+        values = {"scale": scale, "zero_point": xp.asarray(zero_point, dtype=xp.int32), "qmin": qmin, "qmax": qmax}
         for field, value in values.items():
             object.__setattr__(self, field, value)
 
@@ -403,10 +403,10 @@ def sqnr_db(x, y):
     20.00 dB
     """
     x, y, xp = _same_shape(x, y)
-    far = max(float(xp.max(xp.abs(x))), float(xp.max(xp.abs(y)))) > 2.0**1000
+    far = max(_largest(x), _largest(y)) > 2.0**1000
     x, y = (x / 4, y / 4) if far else (x, y)  # their difference is finite
     (signal, signal_unit), (noise, noise_unit) = _sum_of_squares(x, xp), _sum_of_squares(x - y, xp)
-    if float(noise) == 0:
+    if bool(noise == 0):
         return noise + np.inf
     with np.errstate(divide="ignore"):
         return 10 * xp.log10(signal / noise) + 20 * math.log10(2) * (signal_unit - noise_unit)
@@ -453,8 +453,13 @@ def error_split(x, params):
 
 def _sum_of_squares(x, xp):
     """Σ (x / 2ⁿ)², and n: 0, but where the squares would leave float64."""
-    n = 512 * round(math.frexp(float(xp.max(xp.abs(x))))[1] / 512)
-    return xp.sum((x * 2.0**-n if n else x) ** 2), n
+    n = 512 * round(math.frexp(_largest(x))[1] / 512)
+    half = 2.0 ** (-n // 2)  # since 2⁻ⁿ may be beyond float64
+    return xp.sum((x * half * half) ** 2), n
+
+
+def _largest(x):
+    return float(np.abs(as_numpy(x)).max())
 
 
 def _params(alpha, beta, bits, *, symmetric=False, narrow=False, signed=True, axis=None, group_size=None):
@@ -685,7 +690,10 @@ def _short(value):
 
 def as_numpy(x):
     """``x`` of NumPy or torch as an array of NumPy, without a gradient."""
-    return x.detach().cpu().resolve_neg().numpy() if is_torch_array(x) else x
+    if not is_torch_array(x):
+        return x
+    x = x.detach().cpu().resolve_neg()
+    return (x.float() if x.is_floating_point() and x.dtype.itemsize < 4 else x).numpy()  # NumPy has no bfloat16
 
 
 def _if_set(name, value):

@@ -383,7 +383,7 @@ def mse(x, bits=8, *, symmetric=False):
     low, high = min(profile.min, 0.0), max(profile.max, 0.0)
     if symmetric:
         low, high = _around_zero(max(-low, high))
-    if high - low < _LEAST_SCALE:  # every range has the same step
+    if high - low <= _LEAST_SCALE * (2**bits - 1 - symmetric):  # every range has the same step
         return low, high
     if symmetric:
         return _around_zero(high * _search(lambda r: profile.mse(-r * high, r * high, bits, symmetric=True)))

@@ -333,8 +333,8 @@ def _codes(codes, fmt):
     """``codes`` in the unsigned type of the format."""
     try:
         array = as_numpy(plain_array(codes, "codes"))
-        whole = (int, np.integer)
-        if array.dtype.kind == "f" and all(isinstance(code, whole) for code in np.asarray(codes, dtype=object).flat):
+        listed = np.asarray(codes, dtype=object).flat if isinstance(codes, (list, tuple)) else []
+        if array.dtype.kind == "f" and len(listed) and all(isinstance(code, (int, np.integer)) for code in listed):
             array = np.asarray(codes, dtype=np.uint64)  # NumPy makes floats of integers on both sides of 2^63
     except (OverflowError, ValueError):
         array = np.array("")

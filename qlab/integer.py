@@ -693,7 +693,9 @@ def _integer_layer(stage, output, rounding):
         raise ValueError(f"model must have weights with codes from -127 to 127, got -128 at {stage.name!r}")
     z1, z2 = np.broadcast_to(as_numpy(module.weight_params.zero_point), len(weight)), int(inputs.zero_point)
     scale = _sum_scale(module)
-    bias = np.zeros(len(weight)) if module.layer.bias is None else np.rint(numpy_array(module.layer.bias, "bias") / scale)
+    bias = np.zeros(len(weight))
+    if module.layer.bias is not None:
+        bias = np.rint(numpy_array(module.layer.bias, "bias") / scale)
 
     low, high = INT32_MIN, INT32_MAX
     if stage.activation:

@@ -552,3 +552,74 @@ def test_the_largest_ranges(bits, symmetric):
     for alpha, beta in ((-largest, largest), (0, largest), (-largest, 0)):
         params = range_params(alpha, beta, bits, symmetric=symmetric)
         assert np.isfinite(dequantize([params.qmin, params.qmax], params)).all()
+
+
+PLAIN = np.float32([0.25, -1.0, 0.5, 3.0])  # all of it in bfloat16 too
+SAME = {
+    "bfloat16": torch.tensor(PLAIN).bfloat16(), "float16": PLAIN.astype(np.float16), "parameter": torch.nn.Parameter(
+        torch.tensor(PLAIN)), "big-endian": PLAIN.astype(">f4"), "reversed": PLAIN[::-1].copy()[::-1],
+    "longdouble": PLAIN.astype(np.longdouble), "negated lazily": torch.complex(*[-torch.tensor(PLAIN)] * 2).conj().imag,
+}
+REFUSED = {
+    "meta": torch.empty(4, device="meta"), "sparse": torch.tensor(PLAIN).to_sparse(), "object": PLAIN.astype(object),
+    "masked": np.ma.array(PLAIN, mask=PLAIN > 2), "tensors": [torch.tensor(1.0, requires_grad=True)] * 2,
+}
+
+
+@pytest.mark.parametrize("x", SAME.values(), ids=SAME)
+def test_every_kind_of_array_gives_what_float32_gives(x):
+    params = QParams(np.float32(0.5), 0, -4, 3)
+    expected = mse(PLAIN, fake_quantize(PLAIN, params))
+    assert quantize(x, params).tolist() == quantize(PLAIN, params).tolist()
+    assert float(error_split(x, params).total) == float(mse(x, fake_quantize(x, params))) == expected
+    assert float(absmax_params(x).scale) == pytest.approx(absmax_params(PLAIN).scale, rel=1e-7)
+    read_only = np.broadcast_to(np.float32(0.5), ())
+    assert quantize(torch.tensor(PLAIN), QParams(read_only, 0, -4, 3)).tolist() == quantize(PLAIN, params).tolist()
+
+
+@pytest.mark.parametrize("function", TAKES_X.values(), ids=TAKES_X)
+@pytest.mark.parametrize("x", REFUSED.values(), ids=REFUSED)
+def test_what_is_no_plain_array_is_refused(x, function):
+    with pytest.raises(ValueError, match=r"^x must be an array of real|^x must be a dense tensor|^x must be .* mask"):
+        function(x)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("s", [1e-45, 1e-38, 1e-30, 1e-20, 1.0])
+def test_gradients_stay_finite_where_steps_overflow(s):
+    scale = torch.tensor(s, requires_grad=True)
+    x = torch.tensor([3e38, -1e30, 5 * s, 0.0], requires_grad=True)
+    params = QParams(scale, 0, -128, 127)
+    x_hat = fake_quantize(x, params)
+    assert torch.equal(x_hat, dequantize(quantize(x, params), params))
+    x_hat.sum().backward()
+    assert x.grad.tolist() == pytest.approx([0, 0, 1, 1])
+    assert scale.grad.item() == pytest.approx(127 - 128 + round(5 * s / s) - 5, abs=1e-4)
+
+
+def test_codes_beyond_24_bits_are_exact():
+    limits = -(2**31), 2**31 - 1
+    for one in (np.float32(1), torch.tensor(1.0)):
+        assert dequantize([2**31 - 2, 2**31 - 4], QParams(one, 2**31 - 1, *limits)).tolist() == [-1, -3]
+        assert fake_quantize(np.float32([-1, -2]), QParams(one, 2**31 - 1, *limits)).tolist() == [-1, -2]
+    assert dequantize(torch.tensor([5], dtype=torch.int8), QParams(torch.tensor(1.0), 2**24 + 1, *limits)) == 4 - 2**24
+
+
+@pytest.mark.parametrize("zero_point", [np.float32(2**31), 2.0**31, True, np.array(True), torch.tensor(True), 2**31])
+def test_zero_points_that_are_no_int32_are_named(zero_point):
+    with pytest.raises(ValueError, match=r"^zero_point must be an integer from"):
+        QParams(1.0, zero_point, -(2**31), 2**31 - 1)
+
+
+def test_levels_and_errors_are_finite_or_refused():
+    with pytest.raises(ValueError, match=r"^scale must give levels that are finite in float32"):
+        QParams(np.float32(3e38), 0, -8, 7)
+    with pytest.raises(ValueError, match=r"^x and y must have a mean squared error that float64 holds"):
+        mse([1e300], [-1e300])
+
+
+def test_sqnr_of_the_largest_and_the_smallest_data():
+    for size in (1e-320, 1e-200, 1.0, 1e200, 1.7e308):
+        x = size * np.array([1.0, -1.0])
+        assert sqnr_db(x, x / 2) == pytest.approx(6.0206, abs=1e-3)
+        assert sqnr_db(x, -x) == pytest.approx(-6.0206, abs=1e-3)

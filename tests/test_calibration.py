@@ -488,3 +488,33 @@ def test_a_tiny_rounding_part_is_exact_beside_huge_values(alpha, beta, bits):
     x = np.append(np.random.default_rng(0).standard_t(3, 200_000), -1e4).astype(np.float32)
     expected = affine.error_split(x, affine.range_params(alpha, beta, bits))
     assert ErrorProfile(x).split(alpha, beta, bits).rounding == pytest.approx(float(expected.rounding), rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("n", [300_001, 1_000_001])
+def test_sums_over_many_equal_values_do_not_drift(n):
+    value = np.float32(0.7)
+    expected = (float(value) - float(affine.fake_quantize(value, affine.range_params(-1, 1, 4)))) ** 2
+    profile = ErrorProfile(np.full(n, value))
+    assert profile.mse(-1, 1, 4) == pytest.approx(expected, abs=1e-14 * 0.49)
+    assert (profile.mean, profile.std) == (value, 0)
+
+
+@pytest.mark.parametrize("size", [5e-324, 1e-200, 1e-45, 1e-20])
+def test_small_data_is_not_taken_for_0(size):
+    x = size * np.array([8.0, -8.0, 4.0, -4.0])
+    assert ErrorProfile(x).std == pytest.approx(x.max() * np.sqrt(0.625), rel=0.1)
+    for alpha, beta in (entropy(x), aciq(x), percentile(x, 99)):
+        assert alpha < 0 < beta
+
+
+@pytest.mark.parametrize("calibrate", CALIBRATORS.values(), ids=CALIBRATORS)
+def test_calibrators_take_parameters_and_bfloat16(calibrate):
+    x = torch.tensor([0.25, -1.0, 0.5, 3.0])
+    assert calibrate(torch.nn.Parameter(x)) == calibrate(x.bfloat16()) == calibrate(x)
+
+
+def test_moving_minmax_refuses_what_would_overflow():
+    with pytest.raises(ValueError, match=r"^batch must be from -1.7e"):
+        moving_minmax([np.float32([-3e38, 0]), np.float32([0, 3e38])])
+    with pytest.raises(ValueError, match=r"^batches must be an iterable"):
+        moving_minmax(3)

@@ -47,7 +47,7 @@ EDGES = (  # the fewest bits, and the largest and smallest numbers that FP64 lea
     FloatFormat("E5M2, down to 2^-1074", 5, 2, bias=1073),
 )
 SMALL = [fmt for fmt in EVERY if fmt.bits <= 8] + [*EDGES]
-IN_FRACTIONS = settings(max_examples=200)
+IN_FRACTIONS = settings(max_examples=60)
 
 
 def per_format(formats):
@@ -341,7 +341,7 @@ def test_codes_on_both_sides_of_2_to_the_63_in_one_list():
 @pytest.mark.parametrize("x", ["1.5", ["1", "2"], 1j, np.complex64([1]), None, [None], [1, None], [[1], [1, 2]], {},
                                np.datetime64("2020"), pytest.param(2**2000, id="2**2000")])
 def test_what_is_no_real_number_is_refused(function, x):
-    with pytest.raises(ValueError, match="x must be real numbers, got "):
+    with pytest.raises(ValueError, match=r"x must be (an array of )?real numbers.*, got "):
         function(x, FP32)
 
 

@@ -1,7 +1,6 @@
 """Integer arithmetic against exact fractions, gemmlowp's own steps, ONNX Runtime, and the simulation in floats."""
 
 import math
-import re
 from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
@@ -789,3 +788,29 @@ def test_relu6_is_a_narrower_range_of_codes():
     first = convert(wide, (3,)).layers["0"]
     assert dequantize(np.array([first.qmin, first.qmax]), grid(-4.0, 12.0)) == pytest.approx([0, 6], abs=0.03)
     assert trace["depthwise1"].outputs.min() == -128
+
+
+@pytest.mark.parametrize("z", [0.5, 2**40, np.nan, True, np.float32(1), [0.0]])
+def test_zero_points_of_accumulate_are_checked(z):
+    q1, q2 = np.int8([[1, 2]]), np.int8([[3], [4]])
+    for name, zero_points in (("z1", (z, 0)), ("z2", (0, z))):
+        with pytest.raises(ValueError, match=f"^{name} must be"):
+            accumulate(q1, q2, *zero_points)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_the_bias_of_an_output_without_weights(per_channel):
+    layer = nn.Linear(4, 2)
+    layer.weight.data = torch.zeros(2, 4)
+    if per_channel:
+        layer.weight.data[1, :2] = 1e-3
+    layer.bias.data = torch.tensor([1.7, 0.1])
+    model = nn.Sequential(QuantizedLayer(layer, ptq.weight_params(layer.weight, per_channel=per_channel),
+                                         grid(0.0, 1000.0)))
+    images = torch.tensor([[1000.0, 0, 500, 0], [200.0, 300, 0, 0]])
+    net = convert(model, (4,))
+    with torch.no_grad():
+        np.testing.assert_allclose(net(net.quantize_input(images)) * net.logits_scale, model(images), atol=0.01)
+        np.testing.assert_allclose(run_onnx(to_onnx(model, (4,)), images.numpy(), fused=False)["logits"], model(images),
+                                   atol=0.01)
+    equals_simulation(model, images)

@@ -7,6 +7,7 @@ Two sources, and the scripts that made the files:
 - ``digits.npz``: images of hand-written digits, and two deep networks trained on them for this course. The images are
   a part of the UCI data set "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak 1998,
   https://doi.org/10.24432/C50P49, CC BY 4.0), as scikit-learn ships it; `qlab.samples.train_mlp`.
+- ``digits_int8.onnx``: the digits network in 8 bits, as lesson 04 quantizes it, for ONNX Runtime.
 """
 
 from pathlib import Path
