@@ -8,7 +8,7 @@ import nbformat
 import pytest
 import torch
 
-pytest.register_assert_rewrite("tests.explorers.checks")
+pytest.register_assert_rewrite("tests.exercises.checks", "tests.explorers.checks")
 hypothesis.settings.register_profile("qlab", deadline=None, derandomize=True)  # the same examples on every run
 hypothesis.settings.load_profile("qlab")
 

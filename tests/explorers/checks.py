@@ -1,6 +1,7 @@
 """What the tests of all live figures share: a hand on each control, and what must hold wherever it goes."""
 
 import asyncio
+import contextlib
 import html
 import itertools
 from functools import lru_cache
@@ -9,14 +10,34 @@ import ipywidgets as widgets
 import numpy as np
 import pytest
 
+from qlab.live import Explorer
+
 TYPED = ["1.5 0.7", "-7.1, 2.2, 0.4", "[0.1 0.2 0.35]", "5.47, 3.08, -7.59, 0, -1.95, -4.57, 10.8", "1e3 -17"]
+
+
+RENDER = Explorer._render
+
+
+def made(maker):
+    """A figure with its pixels, even where others have none: its axes stay where the first drawing puts them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Explorer, "_render", RENDER)
+        return maker()
+
+
+@contextlib.contextmanager
+def without_pixels():
+    """Inside, figures have numbers and artists, but no pixels, which take most of the time of a step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Explorer, "_render", lambda explorer: b"")
+        yield
 
 
 def figures(makers, start):
     """``shared(name)``: one figure of each kind for a whole module. ``put(name, setting)``: the same, moved there."""
     @lru_cache
     def shared(name):
-        return makers[name]()
+        return made(makers[name])
 
     def put(name, setting):
         explorer = shared(name)
@@ -78,6 +99,10 @@ def go_to(explorer, wanted):
     explorer.set(**wanted)
 
 
+def texts(axes, visible=True):
+    return [text.get_text().replace("−", "-") for text in axes.texts if text.get_visible() == visible]
+
+
 def message(explorer):
     return "".join(child.value for child in explorer.widget.children
                    if isinstance(child, widgets.HTML) and 'role="alert"' in child.value)
@@ -114,11 +139,30 @@ def picture_at(explorer, name, value):
     return explorer.png()
 
 
-def pictures_along(explorer, name, *, redrawn=()):
+def has_no_range(explorer, name, value):
+    """Whether the figures of lessons 02 and 03 refuse this value: α ≥ β."""
+    if name not in ("alpha", "beta"):
+        return False
+    if "linked" in explorer.controls and explorer.controls["linked"].value:
+        return value == 0
+    alpha, beta = (value if name == end else explorer.controls[end].value for end in ("alpha", "beta"))
+    return alpha >= beta
+
+
+def pictures_along(explorer, name, *, redrawn=(), refuses=lambda explorer, name, value: False):
     """The pictures along a control's whole range. Axes stand still, unless the control is one of ``redrawn``."""
-    background = explorer._background
-    pictures = [picture_at(explorer, name, value) for value in sweep(explorer.controls[name])]
-    assert len(pictures) > 1
+    background, pictures = explorer._background, []
+    steps = sweep(explorer.controls[name])
+    assert len(steps) > 1
+    for value in steps:
+        if refuses(explorer, name, value):
+            before = values(explorer)
+            with pytest.raises(ValueError, match="alpha must be less than beta"):
+                explorer.set(**{name: value})
+            explorer.set(**before)
+            explorer.errors.clear()
+        else:
+            pictures.append(picture_at(explorer, name, value))
     assert explorer._background is background or name in redrawn
     return pictures
 

@@ -1,4 +1,4 @@
-"""The live figures of lessons 06 and 07: smoothing against NumPy alone, and a watched rotation."""
+"""The live figure of lesson 06: each control over its whole range, and what it shows against NumPy alone."""
 
 import itertools
 from functools import lru_cache
@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from qlab import samples
-from qlab.explorers import smoothing, watch_rotation
+from qlab.explorers import smoothing
 from qlab.explorers.smoothquant import ALPHAS, OFF, PRINTED, RIGHT, TENSOR, VECTOR
-from qlab.spinquant import ProxyInputs, learn_rotation, proxy_loss
 from tests.explorers.checks import (
     assert_compute_draws_nothing,
     assert_pairs_meet,
@@ -18,11 +17,12 @@ from tests.explorers.checks import (
     assert_same_whichever_way,
     assert_sound,
     assert_words,
-    in_a_cell,
+    made,
     own,
     pairwise,
     pictures_along,
     values,
+    without_pixels,
 )
 
 PRODUCTS = samples.products()
@@ -37,7 +37,7 @@ X, W = own(4, 8)
 
 @lru_cache
 def shared():
-    return smoothing()
+    return made(smoothing)
 
 
 def put(**setting):
@@ -105,10 +105,10 @@ def assert_reads_and_shows(explorer, x, w):
 # what ships
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("setting", ALL_PAIRS, ids=lambda setting: " ".join(map(str, setting.values())))
 def test_smoothing_reads_and_shows_what_numpy_computes(setting):
     explorer = put(**setting)
-    assert_sound(explorer)
     assert_reads_and_shows(explorer, *PRODUCTS[setting["place"]])
     assert not explorer.errors
 
@@ -132,13 +132,14 @@ def test_a_control_over_its_whole_range(control):
     assert len(set(pictures)) == len(pictures)
 
 
-@pytest.mark.parametrize("setting", [{}, {"place": PLACES[1], "direction": PRINTED, "alpha": 0.2, "per": VECTOR}])
-def test_the_picture_does_not_depend_on_the_way_there(setting):
+def test_the_picture_does_not_depend_on_the_way_there():
     fresh = smoothing()
-    fresh.set(**setting)
-    assert_same_whichever_way(shared(), fresh)
+    for setting in ({}, {"place": PLACES[1], "direction": PRINTED, "alpha": 0.2, "per": VECTOR}):
+        fresh.set(**setting)
+        assert_same_whichever_way(shared(), fresh)
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("direction", [RIGHT, PRINTED])
 def test_the_point_of_the_curve_at_alpha_is_the_readout(place, direction):
@@ -155,22 +156,28 @@ def test_the_point_of_the_curve_at_alpha_is_the_readout(place, direction):
     assert len(set(readouts)) > 5  # where the wrong direction loses all of Y it loses 100 % for many α
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("per", VALUES["per"])
 def test_off_does_not_smooth_whatever_alpha(place, per):
     x, w = PRODUCTS[place]
-    kept = put(place=place, per=per).readout, shared().png()
-    assert kept[0]["output_error_percent"] == kept[0]["off_percent"]
-    assert (kept[0]["largest_x"], kept[0]["largest_w"]) == (np.abs(x).max(), np.abs(w).max())
+    kept = put(place=place, per=per).readout
+    assert kept["output_error_percent"] == kept["off_percent"]
+    assert (kept["largest_x"], kept["largest_w"]) == (np.abs(x).max(), np.abs(w).max())
     for alpha in VALUES["alpha"]:
-        explorer = put(place=place, per=per, alpha=alpha)
-        assert (explorer.readout, explorer.png()) == kept
+        assert put(place=place, per=per, alpha=alpha).readout == kept
         setting = {"place": place, "per": per, "alpha": alpha, "direction": RIGHT}
-        assert put(**setting).readout["off_percent"] == kept[0]["off_percent"]
+        assert put(**setting).readout["off_percent"] == kept["off_percent"]
 
 
+@pytest.mark.parametrize("per", VALUES["per"])
+def test_the_picture_of_off_is_the_same_whatever_alpha(per):
+    assert len({put(per=per, alpha=alpha).png() for alpha in VALUES["alpha"]}) == 1
+
+
+@pytest.mark.usefixtures("unseen")
 def test_alpha_needs_a_direction():
-    explorer = smoothing()
+    explorer = put()
     alpha = explorer.controls["alpha"]
     assert alpha.disabled
     for direction in (RIGHT, PRINTED):
@@ -193,6 +200,7 @@ def test_every_position_has_its_picture():
     assert len(set(pictures.values())) == len(settings)
 
 
+@pytest.mark.usefixtures("unseen")
 def test_smoothing_helps_in_one_direction_only():
     for place in PLACES:
         off = put(place=place).readout["off_percent"]
@@ -200,12 +208,14 @@ def test_smoothing_helps_in_one_direction_only():
         assert put(place=place, direction=PRINTED, alpha=0.5).readout["output_error_percent"] > off
 
 
+@pytest.mark.usefixtures("unseen")
 def test_the_ends_of_alpha():
     for direction, alpha, panel in ((RIGHT, 1, "|X|"), (RIGHT, 0, "|W|")):
         axes = next(axes for axes in put(direction=direction, alpha=alpha).figure.axes if panel in axes.get_title())
         np.testing.assert_allclose(axes.lines[1].get_ydata(), 1, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("unseen")
 def test_words():
     explorer = smoothing()
     assert values(explorer) == START
@@ -226,9 +236,11 @@ def test_one_place_of_ones_own(tokens, channels, outputs):
     explorer = smoothing({(3, "my site"): (x, w)}, bits=4)
     assert explorer.controls["bits"].value == 4
     assert explorer.controls["place"].options == (("layer 3, my site", (3, "my site")),)
-    for direction, per, alpha in itertools.product(VALUES["direction"], VALUES["per"], (0.3, 1)):
-        explorer.set(direction=direction, per=per, alpha=alpha)
-        assert_reads_and_shows(explorer, x, w)
+    with without_pixels():
+        for direction, per, alpha in itertools.product(VALUES["direction"], VALUES["per"], (0.3, 1)):
+            explorer.set(direction=direction, per=per, alpha=alpha)
+            assert_reads_and_shows(explorer, x, w)
+    explorer.set()
     assert not explorer.errors
 
 
@@ -243,6 +255,7 @@ def test_channels_of_zeros():
         assert_reads_and_shows(explorer, x, w)
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("size_x", [1e-3, 1, 1e3])
 @pytest.mark.parametrize("size_w", [1e-3, 1, 1e3])
 def test_what_is_smoothed_lies_in_the_picture(size_x, size_w):
@@ -254,6 +267,7 @@ def test_what_is_smoothed_lies_in_the_picture(size_x, size_w):
             assert all(low <= np.min(line.get_ydata()) and np.max(line.get_ydata()) <= high for line in panel.lines)
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("kind", [np.array, torch.tensor])
 def test_data_is_left_alone_and_may_change_later(kind):
     x, w = map(kind, own(6, 64))
@@ -274,135 +288,3 @@ def test_data_is_left_alone_and_may_change_later(kind):
                                             ("bits", 9), ("place", (0, "a"))])
 def test_a_bad_setting_is_told(control, value):
     assert_refuses(put(), control, value)
-
-
-# a rotation is learned
-
-
-EYE = torch.eye(4)
-SPREAD = torch.tensor([9.0, 1.0, 1.0, 1.0])
-INPUTS, HELD_OUT = (ProxyInputs(torch.randn(200, 4, generator=torch.Generator().manual_seed(seed)) * SPREAD,
-                                torch.ones(200)) for seed in (0, 1))
-
-
-def measure(rotation):
-    return proxy_loss(EYE if rotation is None else rotation, HELD_OUT)
-
-
-def learning():
-    return learn_rotation(INPUTS, start=EYE, steps=12)
-
-
-@lru_cache
-def unwatched():
-    return list(learning())
-
-
-def assert_as_unwatched(run, measured_at):
-    expected = [{"step": 0, "held_out": measure(None).item()}]
-    for step in unwatched():
-        deviation = np.abs(step.rotation.T.numpy() @ step.rotation.numpy() - np.eye(4)).max()
-        expected.append({"step": step.step, "loss": step.loss, "orthogonality": pytest.approx(deviation, abs=1e-6)})
-        if step.step in measured_at:
-            expected[-1]["held_out"] = measure(step.rotation).item()
-    assert run.history == expected
-    assert not run.explorer.errors
-
-    last = run.history[-1]
-    assert run.explorer.readout == {name: pytest.approx(value, rel=1e-3) for name, value in last.items()}
-    left, right = run.explorer.figure.axes
-    for line, name in ((left.lines[0], "loss"), (left.lines[1], "held_out"), (right.lines[0], "orthogonality")):
-        points = [(record["step"], max(record[name], 1e-8)) for record in run.history if name in record]
-        np.testing.assert_allclose(line.get_xydata(), points, rtol=1e-6)
-    assert list(left.lines[2].get_ydata()) == [run.history[0]["held_out"]] * 2
-    assert left.get_xlim() == right.get_xlim() == (0, 12)
-    assert right.get_yscale() == "log"
-
-
-@pytest.mark.parametrize("every, measured_at", [(1, range(13)), (5, [5, 10, 12]), (100, [12])])
-@pytest.mark.parametrize("plain", [True, False])
-def test_watching_a_rotation_changes_nothing(plain, every, measured_at):
-    run, seen = watch_rotation(learning(), measure, every=every), []
-    assert len(run) == 12
-    if plain:
-        seen.extend(run)
-    else:
-        in_a_cell(run, seen.append)
-    assert len(run) == 0
-    for ours, theirs in zip(seen, unwatched(), strict=True):
-        assert ours.step == theirs.step
-        assert torch.equal(ours.rotation, theirs.rotation)
-    assert_as_unwatched(run, measured_at)
-    assert run.history[-1]["held_out"] < run.history[0]["held_out"]
-
-
-def test_the_present_rotation_is_measured():
-    measured = []
-    run = watch_rotation(learning(), lambda rotation: float(measured.append(rotation) or 1), every=4)
-    list(run)
-    assert measured[0] is None
-    for rotation, step in zip(measured[1:], (4, 8, 12, 12), strict=True):
-        assert torch.equal(rotation, unwatched()[step - 1].rotation)
-
-
-def test_the_picture_of_a_rotation_follows():
-    run, pictures = watch_rotation(learning(), measure, every=4), []
-    for step in run:
-        pictures.append(run.explorer.png())
-        assert run.explorer.readout["step"] == step.step // 4 * 4
-    assert len(set(pictures)) == 4  # before the first measurement, and after each of three
-
-
-@pytest.mark.parametrize("plain", [True, False])
-@pytest.mark.parametrize("how", ["click", "call"])
-def test_stop_and_go_on(plain, how):
-    run, seen = watch_rotation(learning(), measure, every=5), []
-    button = run.explorer.widget.children[0].children[0]
-
-    def stop_at_7(step):
-        seen.append(step.step)
-        assert not button.disabled
-        if step.step == 7:
-            button.click() if how == "click" else run.stop()
-
-    for last in (7, 12):
-        if plain:
-            for step in run:
-                stop_at_7(step)
-        else:
-            in_a_cell(run, stop_at_7)
-        assert seen == list(range(1, last + 1))
-        assert len(run) == 12 - last
-        assert button.disabled
-        assert run.explorer.readout["step"] == last
-    assert_as_unwatched(run, [5, 7, 10, 12])
-
-
-@pytest.mark.parametrize("every", [0, -1, 1.5, True, "1", None])
-def test_bad_every(every):
-    with pytest.raises(ValueError, match=f"every must be an integer of at least 1, got {every!r}"):
-        watch_rotation(learning(), measure, every=every)
-
-
-def test_steps_without_a_length():
-    with pytest.raises(ValueError, match=r"steps must have a length.*got generator"):
-        watch_rotation((step for step in learning()), measure)
-
-
-@pytest.mark.parametrize("loss", [np.nan, np.inf, -1.0])
-def test_a_loss_that_diverges_is_told(loss):
-    steps = unwatched()[:3]
-    run = watch_rotation([*steps[:2], steps[2]._replace(loss=loss)], measure)
-    assert [next(run).step, next(run).step] == [1, 2]
-    with pytest.raises(ValueError, match=r"loss must be at least 0 and finite, got .* at step 3"):
-        next(run)
-    assert [record["step"] for record in run.history] == [0, 1, 2]
-
-
-def test_an_error_of_a_measurement_is_raised():
-    with pytest.raises(ZeroDivisionError):
-        watch_rotation(learning(), lambda rotation: 1 / 0)
-    run = watch_rotation(learning(), lambda rotation: 1 if rotation is None else 1 / 0, every=2)
-    next(run)
-    with pytest.raises(ZeroDivisionError):
-        next(run)

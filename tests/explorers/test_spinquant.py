@@ -11,7 +11,8 @@ import torch
 from matplotlib.colors import to_rgba
 
 from qlab import samples
-from qlab.explorers import rotation, rotation_2d, rotations
+from qlab.explorers import rotation, rotation_2d, watch_rotation
+from qlab.explorers import spinquant as rotations
 from qlab.explorers.spinquant import (
     DIAGONAL,
     HADAMARD,
@@ -22,7 +23,7 @@ from qlab.explorers.spinquant import (
     RANDOM_ORTHOGONAL,
 )
 from qlab.live import GREY, VERMILION
-from qlab.spinquant import hadamard, random_hadamard, random_orthogonal
+from qlab.spinquant import ProxyInputs, hadamard, learn_rotation, proxy_loss, random_hadamard, random_orthogonal
 from tests.explorers.checks import (
     assert_compute_draws_nothing,
     assert_pairs_meet,
@@ -30,12 +31,14 @@ from tests.explorers.checks import (
     assert_same_whichever_way,
     assert_words,
     figures,
+    in_a_cell,
     message,
     own,
     pairwise,
     pictures_along,
     read_only,
     values,
+    without_pixels,
 )
 
 PRODUCTS = samples.products()
@@ -56,6 +59,7 @@ CONTROLS = [(name, setting, control) for name, setting in SETTINGS for control i
 
 
 shared, put = figures(MAKERS, START)
+_, put_another = figures(MAKERS, START)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,11 +84,10 @@ def test_a_control_over_its_whole_range(name, setting, control):
 
 @pytest.mark.parametrize("name, setting", SETTINGS)
 def test_the_picture_does_not_depend_on_the_way_there(name, setting):
-    fresh = MAKERS[name]()
-    fresh.set(**setting)
-    assert_same_whichever_way(shared(name), fresh)
+    assert_same_whichever_way(shared(name), put_another(name, setting))
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("name", MAKERS)
 def test_words(name):
     explorer = MAKERS[name]()
@@ -129,6 +132,7 @@ def rows(points):
     return {tuple(point) for point in np.round(points, 6) + 0.0}
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("theta", [0, 1, 17, 45, 60, 89, 90])
 @pytest.mark.parametrize("outlier", CLOUDS)
 def test_2d_reads_and_shows_what_numpy_computes(outlier, theta):
@@ -182,6 +186,7 @@ def test_2d_reads_and_shows_what_numpy_computes(outlier, theta):
         assert marker.get_xydata() == pytest.approx(np.array([[theta, lines[0].get_ydata()[theta]]]))
 
 
+@pytest.mark.usefixtures("unseen")
 def test_clouds():
     none, one, diagonal = map(tokens_of, CLOUDS)
     assert none.shape == (400, 2)
@@ -195,6 +200,7 @@ def test_clouds():
             < axes.get_xlim()[1] == axes.get_ylim()[1] == -axes.get_xlim()[0] == -axes.get_ylim()[0]
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("outlier", CLOUDS)
 def test_a_quarter_turn_exchanges_the_channels(outlier, bits):
@@ -211,6 +217,7 @@ def test_a_quarter_turn_exchanges_the_channels(outlier, bits):
             assert turned[key] == pytest.approx(none[key], rel=1e-9)
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("bits", range(4, 9))
 def test_no_rotation_is_best_for_all_data(bits):
     def ratio(outlier):
@@ -222,6 +229,7 @@ def test_no_rotation_is_best_for_all_data(bits):
     assert 0.9 < ratio(NO_AXIS) < 1.1
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("outlier", CLOUDS)
 def test_the_best_angle(outlier, bits):
@@ -339,6 +347,7 @@ VALUES = {"place": PLACES, "rotate": BUILT_IN, "seed": (0, 4, 9), "bits": range(
 ALL_PAIRS = sorted(pairwise(VALUES), key=lambda setting: PLACES.index(setting["place"]))  # few new backgrounds
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("setting", ALL_PAIRS, ids=lambda setting: " ".join(map(str, setting.values())))
 def test_rotation_reads_and_shows_what_numpy_computes(setting):
     x, w = PRODUCTS[setting["place"]]
@@ -350,6 +359,7 @@ def test_each_value_meets_each_other():
     assert_pairs_meet(ALL_PAIRS, VALUES)
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("rotate", BUILT_IN)
 def test_a_rotation_keeps_lengths_and_products(place, rotate):
@@ -364,6 +374,7 @@ def test_a_rotation_keeps_lengths_and_products(place, rotate):
     np.testing.assert_allclose((turned.x @ turned.w.T).numpy(), y, atol=1e-5 * np.abs(y).max())
 
 
+@pytest.mark.usefixtures("unseen")
 def test_only_random_rotations_have_a_seed():
     explorer = put("rotation", {})
     seed = explorer.controls["seed"]
@@ -386,6 +397,7 @@ def test_only_random_rotations_have_a_seed():
         assert readouts[0] == readouts[1] == readouts[2]
 
 
+@pytest.mark.usefixtures("unseen")
 def test_what_rotations_do_and_what_they_do_not():
     def error(**setting):
         return put("rotation", setting).readout["output_error_percent"]
@@ -398,6 +410,7 @@ def test_what_rotations_do_and_what_they_do_not():
     assert error(**one_channel, rotate=RANDOM_ORTHOGONAL) > 2 * error(**one_channel, rotate=HADAMARD)
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("bits", [2, 5, 8])
 def test_bits_to_start_with(bits):
     explorer = rotation({PLACES[0]: PRODUCTS[PLACES[0]]}, bits)
@@ -415,9 +428,11 @@ def test_powers_of_two(tokens, channels, outputs):
     explorer = rotation({(3, "o_in"): (x, w)})
     h = scipy.linalg.hadamard(channels) / np.sqrt(channels)
     matrices = {name: h if name == HADAMARD else matrix(name, channels, 2) for name in BUILT_IN}
-    for rotate, granularity in itertools.product(BUILT_IN, ("tensor", "token")):
-        explorer.set(rotate=rotate, granularity=granularity, seed=2, bits=5)
-        assert_reads_and_shows(explorer, x, w, matrices)
+    with without_pixels():
+        for rotate, granularity in itertools.product(BUILT_IN, ("tensor", "token")):
+            explorer.set(rotate=rotate, granularity=granularity, seed=2, bits=5)
+            assert_reads_and_shows(explorer, x, w, matrices)
+    explorer.set()
     assert not explorer.errors
 
 
@@ -494,6 +509,7 @@ def test_other_kinds_of_rotations():
         assert_reads_and_shows(explorer, x, w, matrices)
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("kind", [np.array, torch.tensor])
 def test_data_is_left_alone_and_may_change_later(kind):
     x, w, r = map(kind, (*own(6, 64), scipy.stats.ortho_group.rvs(64, random_state=np.random.default_rng(0))))
@@ -526,7 +542,7 @@ def test_few_and_many_bars_do_not_overlap():
     x, w = own(6, 16)
     for count in (0, 3, 6):
         explorer = rotation({(0, "a"): (x, w)}, rotations={f"my rotation {i}": np.eye(16) for i in range(count)})
-        renderer = explorer._canvas.get_renderer()
+        renderer = explorer.figure.canvas.get_renderer()
         bars = explorer.figure.axes[2]
         boxes = [text.get_window_extent(renderer) for text in bars.texts]
         assert all(above.y0 > below.y1 for above, below in itertools.pairwise(boxes))
@@ -566,3 +582,142 @@ def test_a_rotation_for_one_of_several_places():
 ])
 def test_a_bad_setting_is_told(name, control, value):
     assert_refuses(put(name, {}), control, value)
+
+
+# a rotation is learned
+
+
+EYE = torch.eye(4)
+SPREAD = torch.tensor([9.0, 1.0, 1.0, 1.0])
+INPUTS, HELD_OUT = (ProxyInputs(torch.randn(200, 4, generator=torch.Generator().manual_seed(seed)) * SPREAD,
+                                torch.ones(200)) for seed in (0, 1))
+
+
+def measure(rotation):
+    return proxy_loss(EYE if rotation is None else rotation, HELD_OUT)
+
+
+def learning():
+    return learn_rotation(INPUTS, start=EYE, steps=12)
+
+
+@lru_cache
+def unwatched():
+    return list(learning())
+
+
+def assert_as_unwatched(run, measured_at):
+    expected = [{"step": 0, "held_out": measure(None).item()}]
+    for step in unwatched():
+        deviation = np.abs(step.rotation.T.numpy() @ step.rotation.numpy() - np.eye(4)).max()
+        expected.append({"step": step.step, "loss": step.loss, "orthogonality": pytest.approx(deviation, abs=1e-6)})
+        if step.step in measured_at:
+            expected[-1]["held_out"] = measure(step.rotation).item()
+    assert run.history == expected
+    assert not run.explorer.errors
+
+    last = run.history[-1]
+    assert run.explorer.readout == {name: pytest.approx(value, rel=1e-3) for name, value in last.items()}
+    left, right = run.explorer.figure.axes
+    for line, name in ((left.lines[0], "loss"), (left.lines[1], "held_out"), (right.lines[0], "orthogonality")):
+        points = [(record["step"], max(record[name], 1e-8)) for record in run.history if name in record]
+        np.testing.assert_allclose(line.get_xydata(), points, rtol=1e-6)
+    assert list(left.lines[2].get_ydata()) == [run.history[0]["held_out"]] * 2
+    assert left.get_xlim() == right.get_xlim() == (0, 12)
+    assert right.get_yscale() == "log"
+
+
+@pytest.mark.usefixtures("unseen")
+@pytest.mark.parametrize("every, measured_at", [(1, range(13)), (5, [5, 10, 12]), (100, [12])])
+@pytest.mark.parametrize("plain", [True, False])
+def test_watching_a_rotation_changes_nothing(plain, every, measured_at):
+    run, seen = watch_rotation(learning(), measure, every=every), []
+    assert len(run) == 12
+    if plain:
+        seen.extend(run)
+    else:
+        in_a_cell(run, seen.append)
+    assert len(run) == 0
+    for ours, theirs in zip(seen, unwatched(), strict=True):
+        assert ours.step == theirs.step
+        assert torch.equal(ours.rotation, theirs.rotation)
+    assert_as_unwatched(run, measured_at)
+    assert run.history[-1]["held_out"] < run.history[0]["held_out"]
+
+
+@pytest.mark.usefixtures("unseen")
+def test_the_present_rotation_is_measured():
+    measured = []
+    run = watch_rotation(learning(), lambda rotation: float(measured.append(rotation) or 1), every=4)
+    list(run)
+    assert measured[0] is None
+    for present, step in zip(measured[1:], (4, 8, 12, 12), strict=True):
+        assert torch.equal(present, unwatched()[step - 1].rotation)
+
+
+def test_the_picture_of_a_rotation_follows():
+    run, pictures = watch_rotation(learning(), measure, every=4), []
+    for step in run:
+        pictures.append(run.explorer.png())
+        assert run.explorer.readout["step"] == step.step // 4 * 4
+    assert len(set(pictures)) == 4  # before the first measurement, and after each of three
+
+
+@pytest.mark.usefixtures("unseen")
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("how", ["click", "call"])
+def test_stop_learning_and_go_on(plain, how):
+    run, seen = watch_rotation(learning(), measure, every=5), []
+    button = run.explorer.widget.children[0].children[0]
+
+    def stop_at_7(step):
+        seen.append(step.step)
+        assert not button.disabled
+        if step.step == 7:
+            button.click() if how == "click" else run.stop()
+
+    for last in (7, 12):
+        if plain:
+            for step in run:
+                stop_at_7(step)
+        else:
+            in_a_cell(run, stop_at_7)
+        assert seen == list(range(1, last + 1))
+        assert len(run) == 12 - last
+        assert button.disabled
+        assert run.explorer.readout["step"] == last
+    assert_as_unwatched(run, [5, 7, 10, 12])
+
+
+@pytest.mark.usefixtures("unseen")
+@pytest.mark.parametrize("every", [0, -1, 1.5, True, "1", None])
+def test_bad_every(every):
+    with pytest.raises(ValueError, match=f"every must be an integer of at least 1, got {every!r}"):
+        watch_rotation(learning(), measure, every=every)
+
+
+@pytest.mark.usefixtures("unseen")
+def test_steps_without_a_length():
+    with pytest.raises(ValueError, match=r"steps must have a length.*got generator"):
+        watch_rotation((step for step in learning()), measure)
+
+
+@pytest.mark.usefixtures("unseen")
+@pytest.mark.parametrize("loss", [np.nan, np.inf, -1.0])
+def test_a_loss_that_diverges_is_told(loss):
+    steps = unwatched()[:3]
+    run = watch_rotation([*steps[:2], steps[2]._replace(loss=loss)], measure)
+    assert [next(run).step, next(run).step] == [1, 2]
+    with pytest.raises(ValueError, match=r"loss must be at least 0 and finite, got .* at step 3"):
+        next(run)
+    assert [record["step"] for record in run.history] == [0, 1, 2]
+
+
+@pytest.mark.usefixtures("unseen")
+def test_an_error_of_a_measurement_is_raised():
+    with pytest.raises(ZeroDivisionError):
+        watch_rotation(learning(), lambda rotation: 1 / 0)
+    run = watch_rotation(learning(), lambda rotation: 1 if rotation is None else 1 / 0, every=2)
+    next(run)
+    with pytest.raises(ZeroDivisionError):
+        next(run)

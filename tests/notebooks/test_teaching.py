@@ -76,7 +76,9 @@ def test_the_teachers_moves_show_on_the_figures_of_their_lessons_what_they_are_t
             for call in re.findall(r"`(live\w*\..*?)`", move):
                 name = call.split(".")[0]
                 assert sum(source.endswith(f"\n{name}") for source in sources(lesson)) == 1, (lesson, name)
-                figure = figures.setdefault((lesson, name), LIVE[lesson, name]())
+                if (lesson, name) not in figures:
+                    figures[lesson, name] = LIVE[lesson, name]()
+                figure = figures[lesson, name]
                 before = dict(figure.readout)
                 eval(call, {name: figure})
                 assert not figure.errors

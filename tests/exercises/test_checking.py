@@ -1,0 +1,38 @@
+"""The machinery of the checks: how answers are shown, which misconception is told, and the summary of all verdicts."""
+
+import numpy as np
+import pytest
+
+from qlab import exercises
+from qlab.exercises import checking
+from tests.exercises.test_spinquant import hadamard
+
+
+@pytest.mark.parametrize(("value", "text"), [
+    (-0.0, "0"), (7159808.0, "7159808"), (0.08503937, "0.0850394"), (3.4e38, "3.4e+38"), (np.nan, "nan"),
+    (np.inf, "inf"), ((1, 2.5), "(1, 2.5)"), ([1, 2.5], "[1, 2.5]"), (np.arange(8), "[0, 1, 2, 3, 4, 5, 6, 7]"),
+    (np.arange(9), "[0, 1, 2, 3, 4, 5, 6, 7, …]"), ((0.5, np.arange(2)), "(0.5, [0, 1])"), ("text", "'text'"),
+    ([0.5, "text"], "[0.5, 'text']"),
+])
+def test_answers_are_shown_in_few_characters(value, text):
+    assert checking.show(value) == text
+
+
+def test_a_misconception_that_is_right_so_far_is_not_told():
+    cases = [checking.Case("x = 1", (1,), (1, 2))]
+    ideas = [(lambda x: (1, ...), "first"), (lambda x: (..., 3), "second")]
+    assert "second" in checking.check(lambda x: (1, 3), cases, ideas, "Right.").text
+    assert "first" not in checking.check(lambda x: (1, 4), cases, ideas, "Right.").text
+
+
+def test_the_summary_shows_the_latest_verdict_of_each_check(monkeypatch):
+    monkeypatch.setattr(checking, "_LATEST", {})
+    assert repr(exercises.summary()) == "No exercise was checked yet: run the cells above."
+    exercises.check_hadamard(lambda k: np.ones((2**k, 2**k)))
+    exercises.check_absmax(lambda x, bits: None)
+    before = exercises.summary()
+    exercises.check_hadamard(hadamard)
+    assert repr(before).splitlines() == [
+        "check_hadamard  ✗ not right yet", "check_absmax    … not answered yet", "0 of 2 passed"]
+    assert repr(exercises.summary()).splitlines() == [
+        "check_hadamard  ✓ passed", "check_absmax    … not answered yet", "1 of 2 passed"]
