@@ -596,8 +596,8 @@ def test_training_mends_what_quantization_broke(scheme):
     prepared = prepared_digits(scheme, 3, 3)
     broken = percent(prepared)
     before = ranges(prepared)
-    images, labels = data().train_images[:512], data().train_labels[:512]
-    losses = [step.loss for step in train(prepared, images, labels, epochs=3, lr=0.01, seed=0)]
+    images, labels, *_ = data()
+    losses = [step.loss for step in train(prepared, images, labels, epochs=2, lr=0.01, seed=0)]
     assert sum(losses[-5:]) < sum(losses[:5])
     assert percent(prepared) > max(80, broken + 10)
     assert ranges(prepared)["linear"] != before["linear"]
