@@ -79,7 +79,7 @@ def test_the_picture_does_not_depend_on_the_way_there(name, setting):
 
 def test_each_chip():
     for chip in shared("mapping").chips:
-        explorer = put("mapping", {"scheme": "zero-point", "bits": 5, "narrow": True})
+        explorer = put("mapping", {"scheme": "zero-point", "bits": 4, "narrow": True})
         before = explorer.png()
         explorer.press(chip)
         assert_sound(explorer)
