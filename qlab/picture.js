@@ -52,6 +52,7 @@ function render({ model, el }) {
   frame.addEventListener("pointerdown", event => {
     const start = at(event), grip = event.button ? null : nearest(start);
     if (!grip) return model.get("hovers") && tell({ hover: start });
+    tip.hidden = true;
     event.preventDefault();
     frame.setPointerCapture(event.pointerId);
     drag = { drag: Date.now() + Math.random(), grip: grip.id, start, at: start, held: true };
@@ -60,7 +61,7 @@ function render({ model, el }) {
     tell(drag);
   });
   frame.addEventListener("pointermove", event => {
-    if (drag && frame.hasPointerCapture(event.pointerId)) return tell(drag = { ...drag, at: at(event) });
+    if (drag) return frame.hasPointerCapture(event.pointerId) && tell(drag = { ...drag, at: at(event) });
     if (model.get("hovers") && !event.buttons) {
       const [x, y] = at(event);
       tip.hidden = false;
@@ -68,6 +69,9 @@ function render({ model, el }) {
         `translate(${x > .5 ? "calc(-100% - 12px)" : "14px"}, ${y > .5 ? "calc(-100% - 8px)" : "14px"})` });
       tell({ hover: [x, y] });
     }
+  });
+  frame.addEventListener("pointerup", event => {  // the last move may have come with it
+    if (drag && frame.hasPointerCapture(event.pointerId)) drag = { ...drag, at: at(event) };
   });
   frame.addEventListener("lostpointercapture", () => {
     if (!drag) return;

@@ -72,7 +72,7 @@ function render({ model, el }) {
     grasp = event.target === handle ? place() - at(event) : 0; grasps = Date.now();
     if (event.target !== handle) tell(real(snap(at(event))));
   });
-  target.addEventListener("pointermove", event => {
+  for (const moved of ["pointermove", "pointerup"]) target.addEventListener(moved, event => {
     if (grasp !== null && target.hasPointerCapture(event.pointerId)) tell(real(snap(at(event) + grasp)));
   });
   target.addEventListener("lostpointercapture", () => { grasp = null; letGo(); });
