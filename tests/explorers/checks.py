@@ -116,10 +116,10 @@ def picture_at(explorer, name, value):
 
 def pictures_along(explorer, name, *, redrawn=()):
     """The pictures along a control's whole range. Axes stand still, unless the control is one of ``redrawn``."""
-    background = explorer._background
+    background = explorer._pixels.background
     pictures = [picture_at(explorer, name, value) for value in sweep(explorer.controls[name])]
     assert len(pictures) > 1
-    assert explorer._background is background or name in redrawn
+    assert explorer._pixels.background is background or name in redrawn
     return pictures
 
 
@@ -140,9 +140,9 @@ def assert_compute_draws_nothing(explorer, changes):
     results = [explorer._compute(**values(explorer) | change) for change in changes]
     assert len({repr(explorer._read(result)) for result in results}) == len(changes) > 1
     assert not explorer.figure.stale
-    assert explorer._render() == before
-    explorer._background = None
-    assert explorer._render() == before
+    assert explorer._pixels.png() == before
+    explorer._pixels.background = None
+    assert explorer._pixels.png() == before
 
 
 def assert_refuses(explorer, name, value):

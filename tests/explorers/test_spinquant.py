@@ -526,7 +526,7 @@ def test_few_and_many_bars_do_not_overlap():
     x, w = own(6, 16)
     for count in (0, 3, 6):
         explorer = rotation({(0, "a"): (x, w)}, rotations={f"my rotation {i}": np.eye(16) for i in range(count)})
-        renderer = explorer._canvas.get_renderer()
+        renderer = explorer.figure.canvas.get_renderer()
         bars = explorer.figure.axes[2]
         boxes = [text.get_window_extent(renderer) for text in bars.texts]
         assert all(above.y0 > below.y1 for above, below in itertools.pairwise(boxes))
