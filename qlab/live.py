@@ -1,28 +1,39 @@
 """Live figures: controls → compute → draw, one matplotlib picture that follows the hand.
 
-An `Explorer` owns one figure on matplotlib's Agg canvas. Artists marked ``animated=True`` move; everything else is
-background, drawn once and kept as pixels. A step restores the background, draws the moving artists over it and sends
-one PNG to the browser. If ``draw`` changes a background artist (axis limits, say), the figure becomes stale and the
-background is drawn anew: correct, and about ten times slower.
+The kernel owns the state of a figure. The browser shows it and reports what a hand does: to a control, or to what can
+be taken in the picture (`Handle`). A step is all or nothing, and one at a time.
 """
 
 import base64
 import html
-import math
-import struct
-import time
-import zlib
-from collections import deque
-from contextlib import contextmanager
+import inspect
+import weakref
+from contextlib import contextmanager, suppress
 
 import ipywidgets as widgets
-import matplotlib
 import numpy as np
-from isal import isal_zlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from IPython import get_ipython
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from traitlets import TraitError
+
+from qlab.handles import Handle, Start, grips, nearest_allowed
+from qlab.picture import (
+    ARITHMETIC,
+    DPI,
+    LOCK,
+    STYLE,
+    FloatLogSlider,
+    FloatSlider,
+    IntSlider,
+    Picture,
+    Pixels,
+    own_settings,
+)
+
+__all__ = ["Explorer", "FloatLogSlider", "FloatSlider", "Handle", "IntSlider", "answered_widgets", "new_figure",
+           "own_settings"]
 
 # Okabe and Ito's palette, told apart with every kind of colour blindness; sky and orange darker, for 3 : 1 on white.
 BLACK, BLUE, SKY, GREEN = "#000000", "#0072B2", "#3A98D2", "#009E73"
@@ -37,38 +48,20 @@ _LOOK = """
 .qlab .noUi-handle:not(:focus) { border-color: var(--jp-ui-font-color2, #757575); }
 .qlab .widget-toggle-button.mod-active { box-shadow: inset 0 -3px var(--jp-ui-font-color1, black); }
 .qlab .widget-box, .qlab .widget-inline-hbox { overflow: visible; }
-"""
-# And what it tells no screen reader, and nothing in Python reaches: names of the picture, of handles and of play's
-# buttons, and which button is chosen.
-_NAMES = """
-const box = this.closest('.qlab'), title = this.dataset.title;
-function name() {
-  for (const picture of box.querySelectorAll('.widget-image')) picture.alt = title;
-  for (const handle of box.querySelectorAll('.noUi-handle'))
-    handle.ariaLabel = handle.closest('.widget-slider').querySelector('.widget-label').textContent;
-  for (const button of box.querySelectorAll('.widget-play button'))
-    button.ariaLabel = button.firstElementChild.className.replace('fa fa-', '').replace('retweet', 'repeat');
-  for (const button of box.querySelectorAll('.widget-toggle-button'))
-    button.ariaPressed = button.classList.contains('mod-active');
-}
-new MutationObserver(name).observe(box, {subtree: true, childList: true, attributeFilter: ['class']});
-name();
+.qlab > .widget-html:has(> .widget-html-content:empty) { display: none; }
+.qlab-frame { position: relative; user-select: none; margin: 2px 0; }
+.qlab-frame img { width: 100%; height: 100%; max-width: none; display: block; pointer-events: none; }
+.qlab-grip { position: absolute; touch-action: none; }
+.qlab-held .qlab-grip { cursor: inherit !important; }
+.qlab-tip { position: absolute; z-index: 9; pointer-events: none; white-space: pre; font-size: 14px; line-height: 1.4;
+  padding: 2px 8px; background: white; color: black; border: 1px solid #757575; }
+.qlab-tip:empty { display: none; }
+.qlab-below { display: flex; align-items: flex-start; }
+.qlab-below .widget-html { flex: 1; min-width: 0; height: auto; }
+.qlab-reset { width: auto; flex: none; }
 """
 _FOR_SCREEN_READERS = "position:absolute; width:1px; height:1px; margin:0; overflow:hidden; clip-path:inset(50%)"
-_ANSWER_SECONDS = 1.0  # how long the browser may take to answer a value set from code
-_DPI = 100
-_STYLE = {  # sizes for the back row of a classroom
-    "font.size": 14,
-    "axes.titlesize": 15,
-    "axes.labelsize": 14,
-    "xtick.labelsize": 13,
-    "ytick.labelsize": 13,
-    "legend.fontsize": 13,
-    "lines.linewidth": 2.2,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "figure.dpi": _DPI,
-}
+_shown = {}  # notebook cell: (its execution, the figures that this has shown)
 
 
 @contextmanager
@@ -80,8 +73,8 @@ def new_figure(width=1000, height=470):
     >>> with new_figure() as figure:
     ...     axes = figure.subplots()
     """
-    with matplotlib.rc_context(_STYLE):
-        yield Figure(figsize=(width / _DPI, height / _DPI), layout="constrained")
+    with own_settings(STYLE):
+        yield Figure(figsize=(width / DPI, height / DPI), layout="constrained")
 
 
 class Explorer:
@@ -104,6 +97,14 @@ class Explorer:
     couple : function, optional
         ``couple(name, values) -> dict`` of further control values that follow from moving the control ``name``. A dict
         of the control's traits may stand for a value: ``{"beta": {"max": 4.0, "value": 1.0}}``.
+    handles : list of Handle, optional
+        What can be taken in the picture.
+    hover : function, optional
+        ``hover(axes, x, y, result) -> str``: what is under the pointer, in data coordinates; empty for nothing.
+    ghost : list of artists, optional
+        While a hand holds a control, they leave a faint copy where they were before.
+    main : tuple of str, optional
+        Name in ``readout`` and unit of the figure's main number: its change stands beside it as long as the ghost.
     arrange : function, optional
         ``arrange(controls, chips) -> widget`` that holds all of them; by default they stand in one wrapping row.
     title : str
@@ -119,8 +120,8 @@ class Explorer:
         What the figure shows now.
     figure : matplotlib.figure.Figure
     errors : list of Exception
-        Everything that went wrong in a step, oldest first. The message of the last one stands under the figure until
-        a step succeeds.
+        Everything that went wrong in a step, oldest first. The message of the last one stands above the picture
+        until a step succeeds.
     widget : ipywidgets widget
         Controls, picture, numbers and message together.
 
@@ -143,143 +144,323 @@ class Explorer:
     """
 
     def __init__(self, figure, controls, compute, draw, read, *, title, description, chips=None, couple=None,
-                 arrange=None):
+                 arrange=None, handles=(), hover=None, ghost=(), main=None):
         self.figure, self.controls, self.title, self.description = figure, dict(controls), title, description
         self.readout, self.errors = {}, []
         self._state = {name: control.value for name, control in self.controls.items()}
-        self._sent = {name: deque(maxlen=256) for name in self.controls}  # (time, position) of values set from code
+        self._began = {name: {"value": value} for name, value in self._state.items()}
         self._compute, self._draw, self._read, self._couple = compute, draw, read, couple
-        self._canvas = FigureCanvasAgg(figure)
-        self._moving = sorted(figure.findobj(lambda artist: artist.get_animated()), key=lambda a: a.get_zorder())
-        self._background = None
-        self._quiet = False
+        self._handles, self._hover, self._ghost, self._main = list(handles), hover, list(ghost), main
+        self._pixels = Pixels(figure)
+        self._result, self._undo, self._quiet = None, [], False
+        self._grasp, self._before, self._start = None, None, None
+        self._hidden, self._until = set(), ()
         self._chip_values = dict(chips or {})
         self.chips = {label: widgets.Button(description=label, layout={"width": "auto"}) for label in self._chip_values}
 
-        width, _ = self._canvas.get_width_height()
-        self._image = widgets.Image(
-            format="png", layout={"max_width": f"{width}px", "width": "100%", "margin": "2px 0"})
+        self._picture = Picture(size=self._pixels.size, alt=title, hovers=hover is not None, layout={"width": "100%"})
         caption = widgets.HTML(
-            f'<style data-title="{html.escape(title)}" onload="{_NAMES}">{_LOOK}</style>'
+            f"<style>{_LOOK}</style>"
             f'<p style="{_FOR_SCREEN_READERS}">{html.escape(title)}. {html.escape(description)}</p>',
             layout={"height": "0", "margin": "0"},
         )
-        self._numbers, self._message = widgets.HTML(), widgets.HTML()
+        self._message = widgets.HTML()
         for control in self.controls.values():
             control.tooltip = control.tooltip or ""  # the browser would show None as "null"
         controls = (arrange or _in_one_row)(self.controls, self.chips)
-        self.widget = widgets.VBox([controls, caption, self._image, self._numbers, self._message])
+        self.widget = widgets.VBox([controls, caption, self._message, self._picture])
         self.widget.add_class("qlab")
 
-        self._step(None)
+        self._step()
         if self.errors:
             raise self.errors[-1]
         for name, control in self.controls.items():
             control.observe(lambda change, name=name: self._moved(name, change["new"]), names="value")
+            if ghost and control.has_trait("held"):
+                control.watched = True
+                control.observe(self._let_go, names="held")
         for label, button in self.chips.items():
             button.on_click(lambda _, label=label: self._press(label))
+        self._picture.observe(self._pointed, names="pointer")
+        self._picture.observe(self._sharpen, names="ratio")
+        self._picture.on_msg(lambda _, content, buffers: self.reset() if content.get("reset") else None)
+        self._listen()
 
     def set(self, **values):
-        """Move controls from code, as one step. Raises what goes wrong, and shows it under the figure.
+        """Move controls from code, as one step. Raises what goes wrong, and shows it above the picture.
 
         Raises
         ------
         ValueError
             If there is no such control, or it does not allow the value; the controls stay as they were.
         """
-        seen = len(self.errors)
-        try:
-            self._assign(values)
-        except ValueError as error:
-            self._fail(error)
-        else:
-            self._step(*values or [None])
-        if len(self.errors) > seen:
-            raise self.errors[-1]
+        with self._raising():
+            self._step(values)
 
     def press(self, label):
         """Press a chip from code. Raises what goes wrong, as `set`."""
         if label not in self.chips:
             raise ValueError(f"label must be one of {', '.join(self.chips)}, got {label!r}")
-        seen = len(self.errors)
-        self._press(label)
-        if len(self.errors) > seen:
-            raise self.errors[-1]
+        with self._raising():
+            self._press(label)
+
+    def reset(self):
+        """All controls as they were when the figure was made."""
+        self._step({name: dict(traits) for name, traits in self._began.items()}, couple=False)
+
+    def veil(self, *hidden, until=()):
+        """Hide artists, axes, and numbers by their name in `readout`, before the learner has thought about them.
+
+        Until `unveil`, or a hand moves one of the controls named in ``until``.
+        """
+        unknown = [name for name in hidden if not isinstance(name, Artist) and name not in self.readout]
+        if unknown:
+            raise ValueError(f"hidden must be artists or names of {', '.join(self.readout)}, got {unknown[0]!r}")
+        with LOCK:
+            self._until = tuple(until)
+            self._pixels.veil(part for part in hidden if isinstance(part, Artist))
+            self._hidden = {part for part in hidden if isinstance(part, str)}
+            self._show()
+
+    def unveil(self):
+        """Show all that `veil` has hidden."""
+        self.veil()
 
     def png(self):
         """The picture as it is now: bytes of a PNG file."""
-        return bytes(self._image.value)
+        return self._picture.png
+
+    def close(self):
+        """Free what browser and kernel keep of this figure. Shown once more, it comes back."""
+        with LOCK:
+            for widget in _tree(self.widget):
+                widget.close()
+            self._pixels.free()
+        history = getattr(get_ipython(), "user_ns", {}).get("_oh", {})
+        for number in [number for number, value in history.items() if self in (value, getattr(value, "explorer", 0))]:
+            history.pop(number)
+            get_ipython().user_ns.pop(f"_{number}", None)
 
     def __repr__(self):
         values = ", ".join(f"{name}={_text(value)}" for name, value in self._state.items())
-        numbers = "\n".join(f"  {name}: {_text(value)}" for name, value in self.readout.items())
+        numbers = "\n".join(f"  {name}: {'?' if name in self._hidden else _text(value)}"
+                            for name, value in self.readout.items())
         return f"{self.title} ({values})\n{numbers}"
 
     def _repr_mimebundle_(self, include=None, exclude=None):
+        with LOCK:
+            self._take_the_place_of_others()
+            for widget in reversed(_tree(self.widget)):  # a widget is told of by those that hold it
+                widget.open()
+            self._listen()
+            ratio, self._pixels.ratio = self._pixels.ratio, 1.0
+            picture = self.png() if ratio == 1 else self._pixels.png()
+            self._pixels.ratio = ratio
         view = {"version_major": 2, "version_minor": 0, "model_id": self.widget.model_id}
         data = {
             "application/vnd.jupyter.widget-view+json": view,
-            "image/png": base64.b64encode(self.png()).decode(),
+            "image/png": base64.b64encode(picture).decode(),
             "text/plain": repr(self),
         }
         return data, {"image/png": {"alt": self.description}}
 
-    def _step(self, *moved):
-        """One step after the controls named in ``moved``: couple, compute, draw, show."""
-        try:
-            for name in moved:
-                if self._couple and name:
-                    self._assign(self._couple(name, dict(self._state)))
-            result = self._compute(**self._state)
-            self._draw(result)
-            readout = self._read(result)
-            picture = self._render()
-        except Exception as error:
-            self._fail(error)
+    def _take_the_place_of_others(self):
+        """Close the figures that an earlier run of this notebook cell has shown, if no other cell shows them."""
+        kernel = getattr(get_ipython(), "kernel", None)
+        parent = kernel.get_parent("shell") if kernel else {}
+        cell, run = parent.get("metadata", {}).get("cellId"), parent.get("header", {}).get("msg_id")
+        if not cell:
             return
-        self.readout = readout
-        self._numbers.value = _table(readout)
-        self._message.value = ""
-        self._image.value = picture  # last, so that the browser draws the numbers in the same frame
+        _, earlier = _shown.get(cell, (run, weakref.WeakSet()))
+        if _shown.get(cell, (None,))[0] != run:
+            _shown[cell] = run, weakref.WeakSet()
+            still = set().union(*(explorers for _, explorers in _shown.values()))
+            for explorer in set(earlier) - still - {self}:
+                explorer.close()
+        _shown[cell][1].add(self)
+
+    def _listen(self):
+        """Hear the browser's messages one at a time, on whatever threads they come."""
+        for widget in _tree(self.widget):
+            widget.comm.on_msg(lambda message, handle=widget._handle_msg: self._hear(handle, message))
+
+    def _hear(self, handle, message):
+        with LOCK:
+            try:
+                handle(message)
+            except BaseException:  # an interrupt
+                self._agree()
+                raise
+
+    @contextmanager
+    def _raising(self):
+        with LOCK:
+            seen = len(self.errors)
+            yield
+            if len(self.errors) > seen:
+                raise self.errors[-1]
+
+    def _step(self, values=None, *, couple=True, grasp=None):
+        """Take values, couple, compute, draw, show. An error is shown; an interrupt leaves all as it was before."""
+        with LOCK, np.errstate(**ARITHMETIC):
+            try:
+                result = self._follow(values or {}, couple)
+                readout = self._read(result)
+                self._leave_ghosts(grasp)
+                self._put_in_place(result)
+                self._result, self.readout = result, readout
+                self._undo.clear()
+                self._show("")
+            except Exception as error:
+                self._undo.clear()
+                self._fail(error)
+            except BaseException:
+                self._agree()
+                raise
+
+    def _follow(self, values, couple):
+        self._assign(values)
+        for name in values:
+            if self._couple and couple:
+                self._assign(self._couple(name, dict(self._state)))
+        return self._compute(**self._state)
+
+    def _put_in_place(self, result):
+        try:
+            with own_settings():
+                self._draw(result)
+        except BaseException:
+            self._pixels.forget()
+            if self._result is not None:  # figures remember what they have drawn: half of it must not be believed
+                with suppress(Exception), own_settings():
+                    self._draw(self._result)
+            raise
+
+    def _agree(self):
+        """After an interrupt: controls, picture and numbers as before the step."""
+        undo, self._undo = self._undo, []
+        quiet, self._quiet = self._quiet, True
+        try:
+            for name, traits in reversed(undo):
+                self._put(name, traits)
+            for name, control in self.controls.items():
+                if control.value is not self._state[name] and control.value != self._state[name]:
+                    self._put(name, self._state[name])
+        finally:
+            self._undo.clear()
+            self._quiet = quiet
+        if self._result is not None:
+            with own_settings():
+                self._draw(self._result)
+            self._pixels.forget()
+            self.readout = self._read(self._result)
+            self._show()
+
+    def _show(self, message=None):
+        """Picture, numbers and what can be taken, in one message to the browser."""
+        picture = self._pixels.png()
+        with self._picture.hold_sync():
+            self._picture.grips = grips(self._handles, self._result, self._pixels)
+            self._picture.numbers = self._table()
+            self._picture.png = picture
+        if message is not None:
+            self._message.value = message
 
     def _press(self, label):
-        try:
-            values = self._chip_values[label](**self._state)
-            self._assign(values)
-        except Exception as error:
-            self._fail(error)
-        else:
-            self._step(*values)
+        with LOCK:
+            try:
+                values = self._chip_values[label](**self._state)
+            except Exception as error:
+                self._fail(error)
+            else:
+                self._step(values)
 
     def _moved(self, name, value):
-        if self._quiet or self._is_answer(name, value):
+        if self._quiet:
             return
-        self._sent[name].clear()  # the browser answers in order: what came before this move is settled
-        self._state[name] = value
-        self._step(name)
+        with LOCK:
+            self._undo.append((name, {"value": self._state[name]}))
+            self._state[name] = value
+            held = getattr(self.controls[name], "held", 0)
+            self._move({name: value}, (name, held) if held else None)
 
-    def _is_answer(self, name, value):
-        """Whether the browser answers a value set from code, rather than reports a hand.
+    def _move(self, values, grasp):
+        """A hand's move."""
+        if not {*self._until}.isdisjoint(values):
+            self._until, self._hidden = (), set()
+            self._pixels.veil(())
+        self._step(values, grasp=grasp)
 
-        A slider in the browser rounds each value that it is given to its step and sends that back, perhaps late. Taken
-        for a move, the answer would shift the value of a chip, and two coupled sliders would answer each other forever.
-        """
-        if not self.controls[name]._property_lock:  # ipywidgets holds it while it applies what the browser says
-            return False
-        sent, position = self._sent[name], _position(self.controls[name], value)
-        while sent and sent[0][0] < time.monotonic() - _ANSWER_SECONDS:
-            sent.popleft()
-        for i, (_, wanted) in enumerate(sent):
-            if abs(position - wanted) <= 0.51:
-                for _ in range(i + 1):  # older ones will not be answered any more
-                    sent.popleft()
-                return True
-        return False
+    def _pointed(self, change):
+        with LOCK:
+            pointer = change["new"]
+            if "hover" in pointer:
+                self._picture.tip = self._under(pointer["hover"])
+                return
+            try:
+                if not self._start or pointer["drag"] != self._start.drag:
+                    self._take(pointer)
+                self._drag(self._to_pixels(*pointer["at"]))
+            except Exception as error:
+                self._fail(error)
+            if not pointer["held"]:
+                self._let_go({"new": 0})
+
+    def _take(self, pointer):
+        which, mark = pointer["grip"]
+        self._start = Start.of(self._handles[which], mark, self._to_pixels(*pointer["start"]), result=self._result,
+                               values=dict(self._state), drag=pointer["drag"])
+
+    def _drag(self, at):
+        values = {name: nearest_allowed(self.controls[name], value) for name, value in self._start.move(at).items()}
+        if any(self._state[name] != value for name, value in values.items()):
+            self._move(values, self._start.drag)
+
+    def _under(self, place):
+        if place is None:
+            return ""
+        at = self._to_pixels(*place)
+        for axes in self.figure.axes:
+            if axes.get_visible() and axes.bbox.contains(*at) and axes not in self._pixels.veiled:
+                try:
+                    return self._hover(axes, *map(float, axes.transData.inverted().transform(at)), self._result) or ""
+                except Exception as error:
+                    self._fail(error)
+        return ""
+
+    def _to_pixels(self, across, down):
+        return across * self.figure.bbox.width, (1 - down) * self.figure.bbox.height
+
+    def _leave_ghosts(self, grasp):
+        if grasp == self._grasp:
+            return
+        self._grasp = grasp
+        self._pixels.drop_ghosts()
+        self._before = None
+        if grasp and self._ghost:
+            self._before = dict(self.readout)
+            with own_settings():
+                self._pixels.leave_ghosts(self._ghost)
+
+    def _let_go(self, change):
+        if change["new"]:
+            return
+        with LOCK:
+            self._start = None
+            if self._grasp and self._ghost:
+                self._leave_ghosts(None)
+                self._show()
+            self._grasp = None
+
+    def _sharpen(self, change):
+        with LOCK:
+            self._pixels.ratio = min(2.0, max(1.0, float(change["new"])))
+            self._show()
 
     def _assign(self, values):
         """Set controls without a step for each: all of them, or none and a ValueError."""
-        before = dict(self._state)
         quiet, self._quiet = self._quiet, True
+        done = len(self._undo)
         try:
             for name, value in values.items():
                 if name not in self.controls:
@@ -291,23 +472,24 @@ class Explorer:
                 except (TraitError, ValueError) as error:
                     raise ValueError(f"{name} cannot be {value!r}: {error}") from None
         except ValueError:
-            for name, value in before.items():
-                self._put(name, value)
+            for name, traits in reversed(self._undo[done:]):
+                self._put(name, traits, undo=False)
+            del self._undo[done:]
             raise
         finally:
             self._quiet = quiet
 
-    def _put(self, name, value):
-        control = self.controls[name]
-        shown = control.value
+    def _put(self, name, value, undo=True):
+        control, traits = self.controls[name], value if isinstance(value, dict) else {"value": value}
+        before = {trait: getattr(control, trait) for trait in traits}
+        for trait, was in before.items():
+            self._began[name].setdefault(trait, was)
+        if undo:
+            self._undo.append((name, before | {"value": self._state[name]}))
         with control.hold_sync(), control.hold_trait_notifications():  # limits and value change together
-            for trait, new in (value if isinstance(value, dict) else {"value": value}).items():
+            for trait, new in traits.items():
                 setattr(control, trait, new)
         self._state[name] = control.value
-        if control.value != shown and hasattr(control, "step"):
-            position = _position(control, control.value)
-            if position not in (control.min / control.step, control.max / control.step):  # the ends need no rounding
-                self._sent[name].append((time.monotonic(), position))
 
     def _fail(self, error):
         self.errors.append(error)
@@ -318,34 +500,59 @@ class Explorer:
             f"{html.escape(kind + str(error))}</div>"
         )
 
-    def _render(self):
-        if self.figure.stale or self._background is None:
-            self._canvas.draw()
-            self.figure.set_layout_engine("none")  # the axes stay where the first drawing put them
-            self._background = self._canvas.copy_from_bbox(self.figure.bbox)
-            self.figure.stale = False
-        else:
-            self._canvas.restore_region(self._background)
-        for artist in self._moving:
-            self.figure.draw_artist(artist)
-        return _png(np.asarray(self._canvas.buffer_rgba()))
+    def _table(self):
+        cell = "padding:1px 22px 1px 0; font-size:16px; line-height:1.5"
+        items = (
+            f'<span style="{cell}"><span style="opacity:.75">{html.escape(name.replace("_", " "))}</span> '
+            f"<b>{'?' if name in self._hidden else html.escape(_text(value))}</b>{self._change(name)}</span>"
+            for name, value in self.readout.items()
+        )
+        return f'<div style="display:flex; flex-wrap:wrap">{"".join(items)}</div>'
+
+    def _change(self, name):
+        """How the main number has changed since a hand took hold."""
+        if not self._before or not self._main or name != self._main[0] or name in self._hidden:
+            return ""
+        change = f"{self.readout[name] - self._before[name]:+.3g}".replace("-", "−")
+        return f" ({change} {html.escape(self._main[1])})"
 
 
-def _png(pixels):
-    """A PNG file of (height, width, 4) bytes, made to be quick: no row filters, and igzip's fastest useful level.
+def _tree(widget):
+    """A widget and all that it holds, each before those that it holds."""
+    found = [widget]
+    for part in found:
+        held = [getattr(part, name) for name in part.keys if name in ("children", "layout", "style")]
+        for some in held:
+            found += [w for w in (some if isinstance(some, (tuple, list)) else [some])
+                      if isinstance(w, widgets.Widget) and w not in found]
+    return found
 
-    Matplotlib and Pillow spend most of a step on this (15 times as long for the same picture, measured).
+
+@contextmanager
+def answered_widgets():
+    """Inside, the browser is told of each message from a widget that it has been handled.
+
+    ipykernel 7.4 handles these messages while an async cell runs, but leaves out the status that says so, and a slider
+    whose message stays without it never sends another.
     """
-    height, width, channels = pixels.shape
-    rows = np.zeros((height, 1 + width * channels), np.uint8)  # each row starts with its filter type: 0, none
-    rows[:, 1:] = pixels.reshape(height, -1)
-    header = struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)  # 8 bits, RGBA
+    kernel = getattr(get_ipython(), "kernel", None)
+    dispatch = getattr(kernel, "dispatch_shell", None)
+    if dispatch is None or "concurrent" not in inspect.signature(dispatch).parameters:
+        yield
+        return
+    cell = kernel.get_parent("shell")
 
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    async def dispatch_and_answer(*given, concurrent=False, **named):
+        await dispatch(*given, concurrent=concurrent, **named)
+        if concurrent:
+            kernel._publish_status("idle", "shell")  # of the message
+            kernel._publish_status("busy", "shell", parent=cell)
 
-    data = isal_zlib.compress(rows, 1)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    kernel.dispatch_shell = dispatch_and_answer
+    try:
+        yield
+    finally:
+        del kernel.dispatch_shell
 
 
 def _in_one_row(controls, chips):
@@ -353,13 +560,6 @@ def _in_one_row(controls, chips):
         first.layout.margin = "2px 2px 2px 24px"  # apart from the controls
     row = {"flex_flow": "row wrap", "align_items": "center"}
     return widgets.HBox([*controls.values(), *chips.values()], layout=row)
-
-
-def _position(control, value):
-    """The value of a slider in steps; what is no slider has no position."""
-    if not hasattr(control, "step"):
-        return math.nan
-    return (math.log(value, control.base) if isinstance(control, widgets.FloatLogSlider) else value) / control.step
 
 
 def _check_allowed(name, control, value):
@@ -385,13 +585,3 @@ def _text(value):
     if isinstance(value, bool) or not isinstance(value, (float, np.floating)):
         return str(value)
     return f"{value:.4g}"
-
-
-def _table(readout):
-    cell = "padding:1px 22px 1px 0; font-size:16px; line-height:1.5"
-    items = (
-        f'<span style="{cell}"><span style="opacity:.75">{html.escape(name.replace("_", " "))}</span> '
-        f"<b>{html.escape(_text(value))}</b></span>"
-        for name, value in readout.items()
-    )
-    return f'<div style="display:flex; flex-wrap:wrap">{"".join(items)}</div>'

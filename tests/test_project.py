@@ -24,7 +24,7 @@ FLOORS = {
     "training": 3, "ptq": 3, "qat": 3, "integer": 3,
     "fetching": 3, "smollm": 3, "outliers": 3, "smoothquant": 3, "spinquant": 3,
     "digits": 4, "studies": 4,
-    "live": 5, "explorers": 5, "exercises": 5,
+    "picture": 5, "handles": 5, "live": 5, "explorers": 5, "exercises": 5,
 }
 OF_OTHERS = {"extra_repr", "add_param_group"}  # names that torch calls
 AT_HAND = {"logits_scale"}  # what brings an integer network's logits back to real numbers, for whoever wants them

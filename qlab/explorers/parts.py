@@ -1,15 +1,15 @@
 """What the figures of several lessons share."""
 
-import ipywidgets as widgets
 import numpy as np
 
 from qlab.affine import check_integer
+from qlab.live import IntSlider
 
 
 def bits_slider(bits):
     """A slider over 2 to 8 bits."""
     bits = check_integer(bits, "bits", 2, 8)
-    return widgets.IntSlider(bits, min=2, max=8, description="bits", layout={"width": "300px"})
+    return IntSlider(bits, min=2, max=8, description="bits", layout={"width": "300px"})
 
 
 def paths(xs, ys):

@@ -1,16 +1,14 @@
 """What `qlab.explorers.watch` and `qlab.explorers.watch_rotation` share: to look on while something learns."""
 
 import asyncio
-import inspect
 import math
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
 
 import ipywidgets as widgets
 import numpy as np
-from IPython import get_ipython
 
 from qlab.affine import check_integer
+from qlab.live import answered_widgets
 
 LEAST = 1e-6  # what a logarithm can be taken of
 
@@ -86,33 +84,6 @@ class Watching(Iterator, AsyncIterator):
         check_record(present, self.history[:-1])
         self.history[-1] = present
         self.explorer.set(step=present["step"])
-
-
-@contextmanager
-def answered_widgets():
-    """Inside, the browser is told of each message from a widget that it has been handled.
-
-    ipykernel 7.4 handles these messages while an async cell runs, but leaves out the status that says so, and a slider
-    whose message stays without it never sends another.
-    """
-    kernel = getattr(get_ipython(), "kernel", None)
-    dispatch = getattr(kernel, "dispatch_shell", None)
-    if dispatch is None or "concurrent" not in inspect.signature(dispatch).parameters:
-        yield
-        return
-    cell = kernel.get_parent("shell")
-
-    async def dispatch_and_answer(*given, concurrent=False, **named):
-        await dispatch(*given, concurrent=concurrent, **named)
-        if concurrent:
-            kernel._publish_status("idle", "shell")  # of the message
-            kernel._publish_status("busy", "shell", parent=cell)
-
-    kernel.dispatch_shell = dispatch_and_answer
-    try:
-        yield
-    finally:
-        del kernel.dispatch_shell
 
 
 def check_record(record, before):

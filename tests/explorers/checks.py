@@ -151,7 +151,7 @@ def has_no_range(explorer, name, value):
 
 def pictures_along(explorer, name, *, redrawn=(), refuses=lambda explorer, name, value: False):
     """The pictures along a control's whole range. Axes stand still, unless the control is one of ``redrawn``."""
-    background, pictures = explorer._background, []
+    background, pictures = explorer._pixels.background, []
     steps = sweep(explorer.controls[name])
     assert len(steps) > 1
     for value in steps:
@@ -163,7 +163,7 @@ def pictures_along(explorer, name, *, redrawn=(), refuses=lambda explorer, name,
             explorer.errors.clear()
         else:
             pictures.append(picture_at(explorer, name, value))
-    assert explorer._background is background or name in redrawn
+    assert explorer._pixels.background is background or name in redrawn
     return pictures
 
 
@@ -184,9 +184,9 @@ def assert_compute_draws_nothing(explorer, changes):
     results = [explorer._compute(**values(explorer) | change) for change in changes]
     assert len({repr(explorer._read(result)) for result in results}) == len(changes) > 1
     assert not explorer.figure.stale
-    assert explorer._render() == before
-    explorer._background = None
-    assert explorer._render() == before
+    assert explorer._pixels.png() == before
+    explorer._pixels.background = None
+    assert explorer._pixels.png() == before
 
 
 def assert_refuses(explorer, name, value):

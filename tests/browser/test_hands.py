@@ -1,0 +1,286 @@
+"""A figure in the hand: taken in the picture by mouse and touch, moved by its sliders, whatever the browser's delay."""
+
+import json
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from tests.browser.lab import ask_kernel, chromium, jupyterlab, open_notebook, run_all
+from tests.browser.test_browser import Figure  # which skips this module, too, where there is no browser
+
+FIGURE = """
+import ipywidgets as widgets
+import numpy as np
+from qlab.live import Explorer, FloatSlider, Handle, new_figure
+
+def make():
+    with new_figure(600, 300) as figure:
+        axes = figure.subplots()
+        axes.set(xlim=(-2, 2), ylim=(0, 1))
+        line = axes.plot([], [], "o-", animated=True)[0]
+        edges = [axes.axvline(0, animated=True) for _ in range(2)]
+    def draw(r):
+        line.set_data([r["alpha"], r["alpha"], r["beta"], r["beta"]], [0, r["height"], r["height"], 0])
+        for edge, name in zip(edges, ("alpha", "beta")):
+            edge.set_xdata([r[name]] * 2)
+    def couple(name, values):
+        if name == "data":
+            size = float(values["data"])
+            return {end: {"min": -size, "max": size, "step": size / 200, "value": side * size}
+                    for end, side in (("alpha", -1), ("beta", 1))}
+        return {"beta": -values["alpha"]} if values["linked"] and name == "alpha" else (
+            {"alpha": -values["beta"]} if values["linked"] and name == "beta" else {})
+    def end(name):
+        return Handle(name, axes, lambda r: (r[name], None), lambda x, y, start: {name: x})
+    return Explorer(
+        figure,
+        {"data": widgets.Dropdown(options=["2", "1", "0.3"], description="data"),
+         "alpha": FloatSlider(-1.0, min=-2, max=2, step=0.01, description="alpha"),
+         "beta": FloatSlider(1.0, min=-2, max=2, step=0.01, description="beta"),
+         "height": FloatSlider(0.5, min=0, max=1, step=0.01, description="height"),
+         "linked": widgets.Checkbox(False, description="linked")},
+        lambda **values: values, draw, lambda r: {n: r[n] for n in ("alpha", "beta", "height")}, couple=couple,
+        chips={"tiny": lambda **_: {"data": "0.3"}, "odd": lambda **_: {"alpha": -0.123456, "beta": 0.654321}},
+        handles=[
+            Handle("the range", axes, lambda r: ((r["alpha"], r["beta"]), None), lambda x, y, start: {
+                n: start.values[n] + x - start.x for n in ("alpha", "beta")}),
+            end("alpha"), end("beta"),
+            Handle("a point", axes, lambda r: [(r["alpha"], r["height"]), (r["beta"], r["height"])],
+                   lambda x, y, start: {("alpha", "beta")[start.mark]: x, "height": y}),
+        ],
+        hover=lambda axes, x, y, r: f"x = {x:.2f}", title="A box", description="A box with two ends and a height.")
+"""
+
+LATE = """(() => { const Real = WebSocket; window.late = 0;
+  const later = act => window.late ? setTimeout(act, window.late) : act();
+  window.WebSocket = class extends Real {
+    send(data) { later(() => super.send(data)); }
+    set onmessage(handler) { super.onmessage = handler && (event => later(() => handler(event))); } }; })()"""
+MODELS = "from ipywidgets.widgets.widget import _instances; print(len(_instances))"
+FRESH = """import json
+fresh = make()
+fresh.set(data=box.controls["data"].value)
+fresh.set(linked=box.controls["linked"].value, height=box.controls["height"].value)
+fresh.set(**{name: box.readout[name] for name in ("alpha", "beta")})
+print(json.dumps([fresh.png() == box.png(), fresh.readout == box.readout, [str(error) for error in box.errors]]))
+fresh.close()"""
+RUN_AGAIN = """async () => { const panel = jupyterapp.shell.currentWidget; panel.content.activeCellIndex = 1;
+  await jupyterapp.commands.execute('notebook:run-cell'); }"""
+CLOSE_VIEW = """() => { for (const area of ['main', 'down', 'right', 'left'])
+  for (const widget of [...jupyterapp.shell.widgets(area)]) if (widget.title.label === 'Output View') widget.dispose(); }"""
+SCROLLED = "() => document.querySelector('.jp-WindowedPanel-outer').scrollTop"
+
+
+class Box(Figure):
+    """The figure of this module."""
+
+    def at(self, x, y):
+        """The place of a point of the data on the page."""
+        share = self.kernel(f"figure.axes[0].transData.transform(({x}, {y})).tolist()")
+        size = self.kernel("figure.bbox.size.tolist()")
+        box = self.image().bounding_box()
+        return box["x"] + box["width"] * share[0] / size[0], box["y"] + box["height"] * (1 - share[1] / size[1])
+
+    def drag(self, start, *stops, steps=10):
+        mouse = self.page.mouse
+        mouse.move(*self.at(*start))
+        mouse.down()
+        for stop in stops:
+            mouse.move(*self.at(*stop), steps=steps)
+        mouse.up()
+
+    def touch(self, start, stop, steps=8):
+        """A finger."""
+        session = self.page.context.new_cdp_session(self.page)
+        session.send("Emulation.setTouchEmulationEnabled", {"enabled": True})
+        (x, y), (to_x, to_y) = self.at(*start), self.at(*stop)
+        points = [{"x": x + (to_x - x) * i / steps, "y": y + (to_y - y) * i / steps} for i in range(steps + 1)]
+        session.send("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": points[:1]})
+        for point in points[1:]:
+            session.send("Input.dispatchTouchEvent", {"type": "touchMove", "touchPoints": [point]})
+        session.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+        session.send("Emulation.setTouchEmulationEnabled", {"enabled": False})
+        session.detach()
+
+    def wait_for(self, **values):
+        """Until the kernel has them, as near as a pixel and a slider's step are."""
+        for _ in range(100):
+            readout = self.kernel("readout")
+            if all(abs(readout[name] - value) <= 0.015 for name, value in values.items()):
+                return
+            self.page.wait_for_timeout(50)
+        pytest.fail(f"{readout} and not {values}")
+
+    def assert_sound(self):
+        """At rest; numbers, sliders and picture agree with each other and with those of a new figure."""
+        self.wait_for_rest()
+        assert json.loads(ask_kernel(self.page, FRESH)) == [True, True, []]
+        for name, value in self.kernel("readout").items():
+            assert float(self.number(name).replace("−", "-")) == pytest.approx(value, rel=1e-3)
+            shown = float(self.handle(name).get_attribute("aria-valuenow"))
+            assert shown == value
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hands")
+    notebook = new_notebook(cells=[new_code_cell(FIGURE), new_code_cell("box = make()\nbox")],
+                            metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+    nbformat.write(notebook, folder / "hands.ipynb")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONHASHSEED", "1")  # ipywidgets' sets of traits come in an order that used to matter
+        with jupyterlab(folder) as address, chromium(height=1400) as page:
+            page.add_init_script(LATE)
+            page.set_default_timeout(30_000)
+            open_notebook(page, address, "hands.ipynb")
+            assert run_all(page) == []
+            page.locator(".qlab-frame img").wait_for()
+            yield page
+
+
+@pytest.fixture
+def box(page):
+    """The figure, as at first, by its Reset."""
+    box = Box(page, page.locator(".jp-OutputArea-output", has=page.locator(".qlab-frame")).first, "box")
+    box.output.get_by_role("button", name="Reset").click()
+    box.wait_for(alpha=-1, beta=1, height=0.5)
+    ask_kernel(page, "box.errors.clear()")
+    yield box
+    page.evaluate("() => { window.late = 0; }")
+
+
+@pytest.mark.parametrize("start, stop, values", [
+    ((-1, 0.25), (-0.4, 0.9), {"alpha": -0.4, "beta": 1, "height": 0.5}),
+    ((1.03, 0.75), (1.63, 0.75), {"alpha": -1, "beta": 1.6, "height": 0.5}),  # taken beside its middle: no jump
+    ((0, 0.3), (0.5, 0.3), {"alpha": -0.5, "beta": 1.5, "height": 0.5}),
+    ((1, 0.5), (0.5, 0.8), {"alpha": -1, "beta": 0.5, "height": 0.8}),
+    ((-1, 0.25), (-9, 0.25), {"alpha": -2, "beta": 1, "height": 0.5}),  # out of the picture
+])
+def test_dragging_in_the_picture(box, start, stop, values):
+    box.drag(start, stop)
+    box.wait_for(**values)
+    box.assert_sound()
+
+
+@pytest.mark.parametrize("start, stop, values", [
+    ((-1, 0.25), (-0.4, 0.25), {"alpha": -0.4, "beta": 1}), ((0, 0.3), (0.5, 0.3), {"alpha": -0.5, "beta": 1.5}),
+    ((1, 0.5), (0.5, 0.8), {"beta": 0.5, "height": 0.8}),
+])
+def test_dragging_by_touch(box, start, stop, values):
+    before = box.page.evaluate(SCROLLED)
+    box.touch(start, stop)
+    box.wait_for(**values)
+    box.assert_sound()
+    assert box.page.evaluate(SCROLLED) == before
+
+
+def test_what_cannot_be_taken_scrolls_the_page(box):
+    box.page.set_viewport_size({"width": 1280, "height": 500})
+    try:
+        box.output.locator(".qlab-frame").scroll_into_view_if_needed()
+        before = box.page.evaluate(SCROLLED)
+        box.touch((1.8, 0.5), (1.8, 1.0))
+        box.page.wait_for_function(f"before => ({SCROLLED})() !== before", arg=before)
+        assert box.kernel("readout") == {"alpha": -1, "beta": 1, "height": 0.5}
+    finally:
+        box.page.set_viewport_size({"width": 1280, "height": 1400})
+
+
+def test_the_cursor_and_the_tip_tell_what_is_there(box):
+    cursor = "() => getComputedStyle(document.elementFromPoint(window.spot[0], window.spot[1])).cursor"
+    box.page.evaluate("() => addEventListener('pointermove', e => { window.spot = [e.clientX, e.clientY]; }, true)")
+    for spot, expected in (((-1, 0.25), "ew-resize"), ((0, 0.3), "grab"), ((1, 0.5), "grab"), ((1.7, 0.5), "auto")):
+        box.page.mouse.move(*box.at(*spot))
+        box.page.wait_for_function(f"expected => ({cursor})() === expected", arg=expected)
+    tip = box.output.locator(".qlab-tip")
+    box.page.wait_for_function("tip => tip.textContent === 'x = 1.70'", arg=tip.element_handle())
+
+
+def test_sharp_on_a_screen_with_two_pixels_to_one(box):
+    before = box.pixels().split(",")[:2]
+    session = box.page.context.new_cdp_session(box.page)
+    session.send("Emulation.setDeviceMetricsOverride",
+                 {"width": 1280, "height": 1400, "deviceScaleFactor": 2, "mobile": False})
+    try:
+        box.page.wait_for_function("image => image.naturalWidth === 1200", arg=box.image())
+        box.drag((-1, 0.25), (-0.4, 0.9))
+        box.wait_for(alpha=-0.4, beta=1)
+        assert box.image().bounding_box()["width"] == 600
+    finally:
+        session.send("Emulation.clearDeviceMetricsOverride")
+    box.page.wait_for_function("image => image.naturalWidth === 600", arg=box.image())
+    assert box.pixels().split(",")[:2] == before == ["600", "300"]
+    box.assert_sound()
+
+
+@pytest.mark.parametrize("late", [300, 1500])
+def test_a_late_browser(box, late):
+    """Chips, new limits, coupled sliders and a drag: the last word is the hand's, and then there is rest."""
+    box.page.evaluate("late => { window.late = late; }", late)
+    box.output.get_by_role("button", name="tiny").click()
+    box.wait_for(alpha=-0.3, beta=0.3)
+    box.output.get_by_role("button", name="Reset").click()
+    box.output.get_by_role("button", name="odd").click()
+    box.wait_for(alpha=-0.123456, beta=0.654321)
+    box.output.get_by_text("linked").click()
+    box.drag((0.654321, 0.25), (1.2, 0.25), (0.9, 0.25), steps=30)
+    box.page.wait_for_timeout(3 * late)
+    box.wait_for(alpha=-0.9, beta=0.9)
+    box.page.evaluate("() => { window.late = 0; }")
+    box.assert_sound()
+
+
+def test_a_chip_and_a_key_at_once(box):
+    """They are handled on two threads of the kernel."""
+    chip = box.output.get_by_role("button", name="odd").element_handle()
+    for gap in range(0, 100, 10):
+        box.handle("height").focus()
+        chip.evaluate("chip => chip.click()")
+        box.page.wait_for_timeout(gap)
+        box.page.keyboard.press("ArrowRight")
+    box.wait_for(alpha=-0.123456, beta=0.654321, height=0.6)
+    box.assert_sound()
+
+
+def test_keys_and_typing_on_a_slider(box):
+    box.handle("alpha").press("PageUp")
+    box.wait_for(alpha=-0.95)
+    box.handle("alpha").press("End")
+    box.wait_for(alpha=2)
+    row = box.output.locator(".widget-hslider").filter(has=box.page.locator(".widget-label:text-is('beta')"))
+    row.locator(".widget-readout").fill("0.7777")
+    row.locator(".widget-readout").press("Enter")
+    box.wait_for(beta=0.7777)
+    assert box.kernel("readout['beta']") == 0.7777
+    row.locator(".widget-readout").fill("much")
+    row.locator(".widget-readout").press("Enter")
+    assert row.locator(".widget-readout").inner_text() == "0.78"
+    box.assert_sound()
+
+
+def test_a_second_view_stays_in_step(box):
+    box.page.evaluate("() => { const panel = jupyterapp.shell.currentWidget; panel.content.activeCellIndex = 1; "
+                      "return jupyterapp.commands.execute('notebook:create-output-view'); }")
+    frames = box.page.locator(".qlab-frame img:visible")
+    frames.nth(1).wait_for()
+    try:
+        box.handle("alpha").press("PageUp")
+        box.wait_for(alpha=-0.95)
+        box.wait_for_rest()
+        both = [Figure(box.page, frames.nth(i).locator("xpath=..")).pixels() for i in range(2)]
+        assert both[0] == both[1]
+    finally:
+        box.page.evaluate(CLOSE_VIEW)
+        frames.nth(1).wait_for(state="detached")
+
+
+def test_a_cell_that_runs_again_leaves_nothing_behind(box):
+    box.assert_sound()
+    before = ask_kernel(box.page, MODELS)
+    for _ in range(5):
+        box.page.evaluate(RUN_AGAIN)
+        box.page.locator(".qlab-frame img").wait_for()
+    assert ask_kernel(box.page, MODELS) == before
+    box.handle("alpha").press("PageUp")
+    box.wait_for(alpha=-0.95)
