@@ -21,7 +21,7 @@ FLOORS = {
     "calibration": 2,
     "training": 3, "ptq": 3, "qat": 3, "integer": 3, "smollm": 3, "outliers": 3, "smoothquant": 3, "spinquant": 3,
     "digits": 4, "qat_study": 4, "spinquant_study": 4,
-    "live": 5, "explorers": 5, "exercises": 5,
+    "handles": 5, "picture": 5, "live": 5, "explorers": 5, "exercises": 5,
     "samples.extract": 5,  # a script: it makes the samples out of the model
 }
 SOURCES = sorted((ROOT / "qlab").rglob("*.py"))

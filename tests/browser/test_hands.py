@@ -157,7 +157,7 @@ def test_sharp_on_a_screen_with_two_pixels_to_one(box):
     before = box.pixels().split(",")[:2]
     session = box.page.context.new_cdp_session(box.page)
     session.send("Emulation.setDeviceMetricsOverride",
-                 {"width": 1280, "height": 1400, "deviceScaleFactor": 2, "mobile": False})
+                 {"width": 1280, "height": 1390, "deviceScaleFactor": 2, "mobile": False})
     try:
         box.page.wait_for_function("image => image.naturalWidth === 1200", arg=box.image())
         box.drag((-1, 0.25), (-0.4, 0.9))
