@@ -3,7 +3,7 @@ function render({ model, el }) {
   const [width, height] = model.get("size");
   el.innerHTML = `<div class="qlab-frame"><img class="widget-image" draggable="false"><div class="qlab-tip" hidden></div></div>
     <div class="qlab-below"><div class="widget-html"><div class="widget-html-content"></div></div>
-    <button class="jupyter-button widget-button qlab-reset" title="all controls to where they began">Reset</button></div>`;
+    <button class="jupyter-button widget-button qlab-reset">Reset</button></div>`;
   const [frame, image, tip] = [".qlab-frame", "img", ".qlab-tip"].map(name => el.querySelector(name));
   const numbers = el.querySelector(".widget-html-content");
   frame.style.maxWidth = `${width}px`;

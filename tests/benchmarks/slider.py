@@ -95,7 +95,7 @@ widgets.VBox([mover, top, bottom, number])
 """
 
 EMPTY = """
-number, echo = slider(), widgets.HTML()
+number, echo = slider(), widgets.HTML('<b>0</b>')
 number.observe(lambda change: setattr(echo, "value", f"<b>{change.new:.3f}</b>"), "value")
 widgets.VBox([number, echo])
 """

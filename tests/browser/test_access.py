@@ -161,7 +161,7 @@ def test_an_error_message_can_be_read(figures, theme):
 ])
 def test_axe_finds_what_is_wrong(figures, rule, html):
     page = figures["live"].page
-    page.evaluate("html => document.querySelector('.qlab .widget-html-content').insertAdjacentHTML('afterend', "
+    page.evaluate("html => document.querySelector('.qlab-below .widget-html-content').insertAdjacentHTML('afterend', "
                   "`<div id=wrong>${html}</div>`)", html)
     page.evaluate("document.querySelector('#wrong').parentElement.style.overflow = 'visible'")
     try:
