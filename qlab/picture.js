@@ -3,7 +3,7 @@ function render({ model, el }) {
   const [width, height] = model.get("size");
   el.innerHTML = `<div class="qlab-frame"><img class="widget-image" draggable="false"><div class="qlab-tip" hidden></div></div>
     <div class="qlab-below"><div class="widget-html"><div class="widget-html-content"></div></div>
-    <button class="jupyter-button widget-button qlab-reset" title="all controls to where they began">Reset</button></div>`;
+    <button class="jupyter-button widget-button qlab-reset">Reset</button></div>`;
   const [frame, image, tip] = [".qlab-frame", "img", ".qlab-tip"].map(name => el.querySelector(name));
   const numbers = el.querySelector(".widget-html-content");
   frame.style.maxWidth = `${width}px`;
@@ -87,6 +87,7 @@ function render({ model, el }) {
   const sharp = () => {
     const ratio = Math.min(2, Math.max(1, devicePixelRatio));
     if (model.get("ratio") !== ratio) { model.set("ratio", ratio); model.save_changes(); }
+    screen?.removeEventListener("change", sharp);
     screen = matchMedia(`(resolution: ${devicePixelRatio}dppx)`);
     screen.addEventListener("change", sharp, { once: true });
   };
@@ -95,6 +96,7 @@ function render({ model, el }) {
   model.on("change", show);
   show();
   sharp();
+  addEventListener("resize", sharp);  // zoom; another screen changes the ratio alone
   const watch = () => {
     const box = el.closest(".qlab");
     if (!box) { waits = setTimeout(watch, 50); return; }
@@ -113,6 +115,7 @@ function render({ model, el }) {
   watch();
   return () => {
     clearTimeout(waits); names?.disconnect(); screen?.removeEventListener("change", sharp);
+    removeEventListener("resize", sharp);
     if (url) URL.revokeObjectURL(url);
   };
 }

@@ -3,10 +3,15 @@
 import base64
 import io
 import re
+import threading
+from types import SimpleNamespace
 
 import ipywidgets as widgets
+import matplotlib
+import matplotlib.style
 import numpy as np
 import pytest
+from ipywidgets.widgets.widget import _instances
 from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.text import Text
 from PIL import Image
@@ -14,7 +19,7 @@ from PIL import Image
 from qlab import explorers, live, samples
 from qlab.explorers.floats import BitBoxes
 from qlab.floats import FP32
-from qlab.live import Explorer, FloatLogSlider, FloatSlider, IntSlider, new_figure
+from qlab.live import Explorer, FloatLogSlider, FloatSlider, Handle, IntSlider, new_figure
 from qlab.picture import Picture
 
 WIDTH, HEIGHT = 320, 200
@@ -44,9 +49,12 @@ class Line:
                       "too far": lambda **_: {"slope": -1.0, "mirror": 99.0}},
             "title": "A <line>", "description": "A line & its slope.",
         }
-        self.explorer = Explorer(self.figure, controls, **(parts | changes))
+        self.explorer = Explorer(self.figure, controls, **(parts | self.more() | changes))
         self.computed.clear()
         self.images()[0].observe(lambda change: self.pictures.append(change.new), names="png")
+
+    def more(self):
+        return {}
 
     def compute(self, **values):
         self.computed.append(values)
@@ -317,6 +325,225 @@ def browser_says(line, **values):
     """As the browser reports a slider."""
     for name, value in values.items():
         line.explorer.controls[name].set_state({"value": value})
+
+
+def test_a_value_from_code_is_never_rounded(line):
+    line.explorer.set(slope=0.53217)
+    assert line.values()["slope"] == line.explorer.readout["slope"] == 0.53217
+
+
+class Held(Line):
+    """A point to take, at (8, slope), and a region between the mirror and the slope."""
+
+    def more(self):
+        def move(x, y, start):
+            return {"slope": y, "mirror": start.values["mirror"] + x - start.x}
+
+        return {"ghost": [self.line], "main": ("slope", "dB"), "hover": lambda axes, x, y, r: f"{x:.1f} {y:.1f}",
+                "handles": [
+                    Handle("region", self.axes, lambda r: (None, (r["mirror"] - 1, r["slope"])),
+                           lambda x, y, start: {"mirror": start.values["mirror"] + y - start.y}),
+                    Handle("point", self.axes, lambda r: [(8, r["slope"])], move),
+                    Handle("far", self.axes, lambda r: (15, None), lambda x, y, start: {"far": True})]}
+
+    def share(self, x, y):
+        across, up = self.axes.transData.transform((x, y)) / self.figure.bbox.size
+        return [float(across), float(1 - up)]
+
+    def point(self, start, at, drag=1, held=True, grip=(1, 0)):
+        """As the browser tells of a pointer."""
+        self.explorer._picture.set_state({"pointer": {
+            "drag": drag, "grip": list(grip), "start": self.share(*start), "at": self.share(*at), "held": held}})
+
+
+def test_a_drag_ends_where_the_last_event_says():
+    held = Held()
+    for i in range(0, 60, 7):  # those between are skipped by a slow connection
+        held.point((8, 1), (8 + i / 60, 1 + i / 40))
+    held.point((8, 1), (9, 2.5), held=False)
+    assert held.values()["slope"] == pytest.approx(2.5)
+    assert held.values()["mirror"] == pytest.approx(1.0)
+    assert not held.explorer.errors
+
+
+def test_a_mark_taken_beside_its_middle_does_not_jump():
+    held = Held()
+    held.point((8.1, 1.3), (8.1, 1.3))
+    assert (held.values()["slope"], held.values()["mirror"]) == (1, 0)
+    held.point((8.1, 1.3), (8.1, 2.8))
+    assert held.values()["slope"] == 2.5
+
+
+def test_a_drag_ends_at_the_controls_limits_and_steps():
+    held = Held()
+    held.point((8, 1), (8, 3.33))
+    assert held.values()["slope"] == pytest.approx(3.3)
+    held.point((8, 1), (8, 99))
+    assert held.values()["slope"] == 4
+    assert not held.explorer.errors
+
+
+def test_two_drags_start_anew():
+    held = Held()
+    held.point((8, 1), (8, 1.5), held=False)
+    held.point((8, 1.5), (8, 1.6), drag=2)
+    assert held.values()["slope"] == pytest.approx(1.6)
+
+
+def test_grips_lie_over_what_they_take():
+    grips = {grip["name"]: grip for grip in Held().explorer._picture.grips}
+    assert set(grips) == {"region", "point"}  # the other is out of sight
+    held = Held()
+    left, top, width, height = grips["point"]["box"]
+    assert [left + width / 2, top + height / 2] == pytest.approx(held.share(8, 1))
+    left, top, width, height = grips["region"]["box"]
+    assert [top, top + height] == pytest.approx([held.share(0, 1)[1], held.share(0, -1)[1]])
+    assert grips["point"]["rank"] > grips["region"]["rank"]
+
+
+def test_what_is_under_the_pointer():
+    held = Held()
+    held.explorer._picture.set_state({"pointer": {"hover": held.share(3, -5)}})
+    assert held.explorer._picture.tip == "3.0 -5.0"
+    held.explorer._picture.set_state({"pointer": {"hover": [0.0, 0.0]}})
+    assert held.explorer._picture.tip == ""
+
+
+def test_a_ghost_as_long_as_a_hand_holds():
+    held, fresh = Held(), Held()
+    fresh.explorer.set(slope=3.0)
+    held.explorer.controls["slope"].set_state({"value": 3.0, "held": 7})
+    assert held.explorer.png() != fresh.explorer.png()
+    assert "(+2 dB)" in held.text()
+    ghostly = pixels(held.explorer.png()) != pixels(fresh.explorer.png())
+    assert 0 < ghostly.mean() < 0.05
+    held.explorer.controls["slope"].set_state({"held": 0})
+    assert held.explorer.png() == fresh.explorer.png()
+    assert "dB" not in held.text()
+
+
+def test_reset(line):
+    before, picture = line.values(), line.explorer.png()
+    line.move(slope=-1.0, far=True, zoom=2.0)
+    line.explorer.set(style=":", mirror={"min": -9.0, "value": -8.0})
+    line.images()[0]._handle_custom_msg({"reset": True}, [])
+    assert line.values() == before
+    assert line.explorer.controls["mirror"].min == -4
+    assert line.explorer.png() == picture
+
+
+def test_a_veil(line):
+    shown = line.explorer.png()
+    line.explorer.veil(line.line, "slope", until=["slope"])
+    veiled = line.explorer.png()
+    assert veiled != shown
+    assert "<b>?</b>" in line.text() and "slope: ?" in repr(line.explorer)
+    line.move(mirror=2.0)
+    assert line.explorer.png() == veiled
+    line.move(slope=1.5)
+    line.move(slope=1.0)
+    assert line.explorer.png() == shown
+    line.explorer.veil(line.axes)
+    line.explorer.unveil()
+    assert line.explorer.png() == shown
+    with pytest.raises(ValueError, match="hidden must be artists or names of slope"):
+        line.explorer.veil("nothing")
+
+
+@pytest.mark.parametrize("part", ["compute", "draw", "read"])
+@pytest.mark.parametrize("by", ["hand", "code", "chip"])
+def test_an_interrupt_leaves_all_as_it_was(part, by, monkeypatch):
+    line = Line()
+    before, picture, readout = line.values(), line.explorer.png(), line.explorer.readout
+    work, calls = getattr(line.explorer, f"_{part}"), []
+
+    def interrupted(*given, **named):
+        result = work(*given, **named)
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(line.explorer, f"_{part}", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        {"hand": lambda: line.move(slope=3.0), "code": lambda: line.explorer.set(slope=3.0, far=True),
+         "chip": lambda: line.explorer.press("steep")}[by]()
+    assert line.values() == before == line.explorer._state
+    assert line.explorer.png() == picture
+    assert line.explorer.readout == readout
+    np.testing.assert_array_equal(pixels(line.explorer.png()), drawn_anew(line.figure))
+    line.move(slope=0.5)
+    assert line.explorer.readout["slope"] == 0.5
+
+
+def test_the_learners_settings_change_no_figure(line):
+    line.explorer.set(far=True, slope=0.5)
+    with matplotlib.rc_context(), np.errstate(all="raise"), np.printoptions(precision=1):
+        matplotlib.style.use("dark_background")
+        matplotlib.rcParams.update({"font.size": 30, "lines.linewidth": 9, "axes.unicode_minus": False})
+        chosen = dict.copy(matplotlib.rcParams)
+        other = Line(compute=lambda **values: line.compute(**values) | {"tiny": np.float64(1e-300) * 1e-300})
+        other.explorer.set(far=True, slope=0.5)
+        assert dict.copy(matplotlib.rcParams) == chosen
+    assert other.explorer.png() == line.explorer.png()
+
+
+def test_steps_on_several_threads_are_one_at_a_time():
+    lines = [Line(), Line()]
+    before = dict.copy(matplotlib.rcParams)
+
+    def work(name, values):
+        for value in values:
+            for line in lines:
+                line.explorer.set(**{name: value})
+
+    threads = [threading.Thread(target=work, args=given) for given in (
+        ("slope", np.linspace(-1.05, 1.05, 40)), ("zoom", np.linspace(0.5, 2, 40)), ("far", [True, False] * 20))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    fresh = Line()
+    fresh.explorer.set(slope=1.05, zoom=2.0, far=False)
+    assert [line.explorer.png() == fresh.explorer.png() for line in lines] == [True, True]
+    assert dict.copy(matplotlib.rcParams) == before
+
+
+def test_sharp_and_back(line):
+    small = line.explorer.png()
+    line.images()[0].set_state({"ratio": 2.0})
+    assert pixels(line.explorer.png()).shape == (2 * HEIGHT, 2 * WIDTH, 4)
+    data, _ = line.explorer._repr_mimebundle_()
+    assert base64.b64decode(data["image/png"]) == small  # notebooks stay as they are
+    line.move(slope=0.5)
+    assert pixels(line.explorer.png()).shape == (2 * HEIGHT, 2 * WIDTH, 4)
+    line.images()[0].set_state({"ratio": 1.0})
+    line.move(slope=1.0)
+    assert line.explorer.png() == small
+
+
+def test_a_figure_whose_cell_runs_again_is_closed(monkeypatch):
+    parent = {"metadata": {"cellId": "a cell"}, "header": {}}
+    kernel = SimpleNamespace(get_parent=lambda channel: parent)
+    history = {}
+    monkeypatch.setattr(live, "get_ipython", lambda: SimpleNamespace(kernel=kernel, user_ns={"_oh": history}))
+    monkeypatch.setattr(live, "_shown", {})
+    counts, lines = [], []
+    for run in range(4):
+        parent["header"] = {"msg_id": run}
+        lines.append(Line())
+        lines[-1].explorer._repr_mimebundle_()
+        history[run] = lines[-1].explorer
+        counts.append(len(_instances))
+    assert counts[0] == counts[-1]
+    assert list(history) == [3]
+    lines[0].move(slope=0.5)  # nobody sees it, and nothing breaks
+    parent["metadata"] = {"cellId": "another cell"}
+    data, _ = lines[0].explorer._repr_mimebundle_()
+    assert base64.b64decode(data["image/png"]) == lines[0].explorer.png()
+    browser_says(lines[0], slope=0.7)
+    assert lines[0].explorer.readout["slope"] == 0.7
+    assert all(widget.comm is not None for widget in live._tree(lines[0].explorer.widget))
 
 
 def test_code_may_set_a_widget_back_at_once(line):

@@ -1,6 +1,6 @@
 """From key press to changed pixels, in a real browser: the live figure against two ways learners know.
 
-The first three paths show the same demo (histogram with grid and clipped tails, error curves, moving marker; 100,000
+The empty step is what any answer costs: a slider whose kernel sends one number back. The next three paths show the same demo (histogram with grid and clipped tails, error curves, moving marker; 100,000
 values) in one JupyterLab, the others further live figures. Key presses go to the paths in turn, so that whatever else the machine does hits all of them. A
 press is answered when the picture has had its last change, an image is loaded and decoded, and the browser has
 painted a frame.
@@ -94,7 +94,14 @@ mover.observe(move, "value"); move({"new": mover.value})
 widgets.VBox([mover, top, bottom, number])
 """
 
+EMPTY = """
+number, echo = slider(), widgets.HTML('<b>0</b>')
+number.observe(lambda change: setattr(echo, "value", f"<b>{change.new:.3f}</b>"), "value")
+widgets.VBox([number, echo])
+"""
+
 PATHS = {
+    "empty step": EMPTY,
     "live figure": LIVE, "interact + inline": INTERACT, "bqplot": BQPLOT,
     "mapping": "mapping(x, bits=5)", "granularity": "granularity(samples.load('weights'), bits=5)",
     "float_bits": "float_bits()", "outliers": "outliers(bits=5)",
@@ -168,6 +175,7 @@ def measure(rounds=30, size=100_000, paths=tuple(PATHS)):
 # What the picture shows, to be sure that it changed: the image's pixels, or the shapes that bqplot draws.
 PICTURE = """cell => { const output = document.querySelectorAll('.jp-Notebook .jp-CodeCell')[cell]
   .querySelector('.jp-Cell-outputArea'); const image = output.querySelector('img');
+  if (!image && output.querySelector('b')) return output.querySelector('b').textContent;
   if (!image) return output.querySelector('svg.svg-figure').outerHTML;
   const canvas = document.createElement('canvas'); canvas.width = image.naturalWidth; canvas.height = image.naturalHeight;
   canvas.getContext('2d').drawImage(image, 0, 0); return canvas.toDataURL(); }"""

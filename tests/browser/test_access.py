@@ -14,16 +14,17 @@ from tests.browser.test_browser import Figure  # which skips this module, too, w
 
 FIGURES = {  # variable: the code that makes its figure, and what Tab reaches in turn, a slider before its number
     "live": ('clipping(samples.load("activations"), bits=4)',
-             "α, −1.768, β, 1.768, bits, 4, linked: α = −β, log counts, all, crowd, min-max, 99.9 %, MSE, KL, ACIQ"),
+             "α, α, value, β, β, value, bits, bits, value, linked: α = −β, log counts, all, crowd, min-max, 99.9 %, "
+             "MSE, KL, ACIQ, Reset"),
     "boxes": ('float_bits("1.5", "FP8 E4M3")',
               "format, value, hex, binary, −118.625, 0.1, π, 1, −0, smallest, smallest normal, largest, ∞, NaN, "
               "sign, bit 0, exponent, bit 3, exponent, bit 2, exponent, bit 1, exponent, bit 0, mantissa, bit 2, "
-              "mantissa, bit 1, mantissa, bit 0"),
+              "mantissa, bit 1, mantissa, bit 0, Reset"),
     "mapped": ("mapping()",
-               "data, seven numbers, [1, 2, 3], ties, all ≥ 0, outlier, absmax, zero-point, α, β, bits, 8, "
-               "α, −10.80, β, 10.80"),
+               "data, seven numbers, [1, 2, 3], ties, all ≥ 0, outlier, absmax, zero-point, α, β, bits, bits, value, "
+               "α, α, value, β, β, value, Reset"),
     "run": ('training_run([{"step": i, "loss": 3 - i, "ranges": {"conv": (0.0, 3.0)}} for i in range(3)])',
-            "play, stop, repeat, step, 2"),
+            "play, stop, repeat, step, step, value, Reset"),
 }
 NAME = """() => { const focused = document.activeElement;
   return focused.ariaLabel || focused.title || focused.closest('.jupyter-widgets')?.querySelector(
@@ -160,7 +161,7 @@ def test_an_error_message_can_be_read(figures, theme):
 ])
 def test_axe_finds_what_is_wrong(figures, rule, html):
     page = figures["live"].page
-    page.evaluate("html => document.querySelector('.qlab .widget-html-content').insertAdjacentHTML('afterend', "
+    page.evaluate("html => document.querySelector('.qlab-below .widget-html-content').insertAdjacentHTML('afterend', "
                   "`<div id=wrong>${html}</div>`)", html)
     page.evaluate("document.querySelector('#wrong').parentElement.style.overflow = 'visible'")
     try:

@@ -10,18 +10,18 @@ import ipywidgets as widgets
 import numpy as np
 import pytest
 
-from qlab.live import Explorer
+from qlab.picture import Pixels
 
 TYPED = ["1.5 0.7", "-7.1, 2.2, 0.4", "[0.1 0.2 0.35]", "5.47, 3.08, -7.59, 0, -1.95, -4.57, 10.8", "1e3 -17"]
 
 
-RENDER = Explorer._render
+DRAW = Pixels.png
 
 
 def made(maker):
     """A figure with its pixels, even where others have none: its axes stay where the first drawing puts them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Explorer, "_render", RENDER)
+        patch.setattr(Pixels, "png", DRAW)
         return maker()
 
 
@@ -29,7 +29,7 @@ def made(maker):
 def without_pixels():
     """Inside, figures have numbers and artists, but no pixels, which take most of the time of a step."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Explorer, "_render", lambda explorer: b"")
+        patch.setattr(Pixels, "png", lambda pixels: b"")
         yield
 
 
