@@ -1,0 +1,138 @@
+"""A hand in the pictures of lessons 01 to 03: what can be taken, where it stops, and that all agree afterwards."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+
+from qlab import samples
+from qlab.explorers import clipping
+from tests.explorers.checks import assert_sound, values
+
+ACTIVATIONS = samples.load("activations")
+REACH = float(np.abs(ACTIVATIONS).max())
+
+
+def marks(explorer, name):
+    """What the browser is told of a handle."""
+    return [grip for grip in explorer._picture.grips if grip["name"] == name]
+
+
+def share(explorer, axes, x, y):
+    """A place of the data as the browser tells it: from the upper left corner, in shares of the picture."""
+    across, up = axes.transData.transform((x, y)) / explorer.figure.bbox.size
+    return [float(across), 1 - float(up)]
+
+
+def middle(axes, between):
+    low, high = between
+    return 10 ** np.mean(np.log10([low, high])) if axes.get_yscale() == "log" else np.mean([low, high])
+
+
+def drag(explorer, name, *stops, mark=0, which=0, start=None):
+    """Take a mark of the ``which``-th handle of this name and move it over places (x, y) of its axes' data."""
+    index, handle = [pair for pair in enumerate(explorer._handles) if pair[1].name == name][which]
+    axes = handle.axes
+    limits = axes.get_xlim(), axes.get_ylim()
+    place = start or [middle(axes, limit) if at is None else np.mean(at)
+                      for at, limit in zip(handle.marks(explorer._result)[mark], limits, strict=True)]
+    at = [share(explorer, axes, *place), *(share(explorer, axes, x, middle(axes, limits[1]) if y is None else y)
+                                           for x, y in stops)]
+    number = getattr(drag, "number", 0) + 1
+    drag.number = number
+    for i, to in enumerate([*at, at[-1]]):
+        explorer._picture.pointer = {"drag": number, "grip": [index, mark], "start": at[0], "at": to,
+                                     "held": i < len(at)}
+    assert not explorer.errors
+    assert_sound(explorer)
+
+
+def assert_as_a_fresh_one(explorer, make):
+    """The picture and numbers are those of a new figure whose controls were set there."""
+    fresh, now = make(), values(explorer)
+    if "data" in now and now["data"] != values(fresh)["data"]:
+        fresh.set(data=now["data"])
+    fresh.set(**now)
+    assert (explorer.readout, explorer.png()) == (fresh.readout, fresh.png())
+
+
+@pytest.fixture(scope="module")
+def clipped():
+    return clipping(ACTIVATIONS)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("linked, name, stop, expected", [
+    (True, "β", 0.5, (-0.5, 0.5)), (True, "α", -0.7, (-0.7, 0.7)), (False, "β", 0.5, (-REACH, 0.5)),
+    (False, "α", -0.7, (-0.7, REACH)), (False, "α", 1.0, (0, REACH)), (False, "β", -1.0, (-REACH, 0)),
+    (True, "β", -1.0, (-REACH / 400, REACH / 400)),
+])
+def test_the_ends_of_the_range(clipped, which, *, linked, name, stop, expected):
+    clipped.reset()
+    clipped.set(linked=linked)
+    drag(clipped, name, (-0.3, None), (stop, None), which=which)
+    now = values(clipped)
+    assert (now["alpha"], now["beta"]) == pytest.approx(expected, abs=REACH / 400)
+    assert (clipped.readout["alpha"], clipped.readout["beta"]) == (now["alpha"], now["beta"])
+    assert_as_a_fresh_one(clipped, partial(clipping, ACTIVATIONS))
+
+
+@pytest.mark.parametrize("by, alpha", [(0.4, -0.6), (-0.5, -1.5), (9, 0.0), (-9, -1.75)])
+def test_the_range_as_a_whole(clipped, by, alpha):
+    clipped.reset()
+    assert not marks(clipped, "the range")  # linked, and then as wide as the sliders
+    clipped.set(linked=False)
+    assert not marks(clipped, "the range")
+    clipped.set(alpha=-1.0, beta=0.75)
+    assert len(marks(clipped, "the range")) == 2
+    drag(clipped, "the range", (by / 3, None), (by, None), start=(0.0, 100))
+    now = values(clipped)
+    assert now["alpha"] == pytest.approx(alpha, abs=REACH / 400)
+    assert now["beta"] - now["alpha"] == pytest.approx(1.75, abs=REACH / 400)
+
+
+@pytest.mark.parametrize("first, second", [("alpha", "beta"), ("beta", "alpha")])
+def test_a_range_keeps_a_width(clipped, first, second):
+    clipped.reset()
+    clipped.set(linked=False)
+    clipped.controls[first].value = 0.0
+    clipped.controls[second].value = 0.0
+    assert abs(values(clipped)[second]) == REACH / 400
+    assert values(clipped)[first] == 0
+    clipped.controls["linked"].value = True
+    assert values(clipped)["beta"] == REACH / 400 == -values(clipped)["alpha"]
+    assert_sound(clipped)
+
+
+def test_calibrators_stand_at_their_errors():
+    explorer = clipping(ACTIVATIONS)
+    explorer.set(linked=False)
+    for chip in explorer.chips:
+        explorer.press(chip)
+        (line,) = [line for line in explorer.figure.axes[1].lines
+                   if not line.get_animated() and line.get_visible() and len(line.get_xdata()) == 2
+                   and line.get_xdata()[1] == explorer.readout["beta"]]
+        np.testing.assert_allclose(line.get_ydata(), explorer.readout["mse"], rtol=1e-9)
+        assert line.get_xdata()[0] == explorer.readout["alpha"]
+
+
+def test_a_hand_in_one_figure_leaves_another(clipped):
+    clipped.reset()
+    other = clipping(ACTIVATIONS)
+    before = other.readout, other.png(), values(other)
+    drag(clipped, "β", (0.9, None), (0.4, None))
+    assert (other.readout, other.png(), values(other)) == before
+
+
+def test_a_ghost_while_a_hand_holds_on(clipped):
+    clipped.reset()
+    beta = next(i for i, handle in enumerate(clipped._handles) if handle.name == "β")
+    axes = clipped._handles[beta].axes
+    at = [share(clipped, axes, x, 100) for x in (REACH, 0.6)]
+    hold = {"drag": 0.5, "grip": [beta, 0], "start": at[0], "at": at[1]}
+    before = clipped.readout["sqnr_db"]
+    clipped._picture.pointer = hold | {"held": True}
+    held, change = clipped.png(), clipped.readout["sqnr_db"] - before
+    assert f"{change:+.2f}"[:3].replace("-", "−") in clipped._picture.numbers
+    clipped._picture.pointer = hold | {"held": False}
+    assert clipped.png() != held
