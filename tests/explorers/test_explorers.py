@@ -419,14 +419,15 @@ def test_bad_text(text, part):
     with pytest.raises(ValueError, match=part):
         explorer.set(data=text)
     assert (explorer.png(), explorer.readout) == (picture, readout)
-    explorer.press("ties")
+    explorer.press("ties: absmax at 4 bits")
     assert not message(explorer)
 
 
 def test_data_chips():
     explorer = MAKERS["mapping"]()
     wanted = {
-        "seven numbers": "64 36 -89 0 -23 -54 127", "[1, 2, 3]": "42 85 127", "ties": "-4 -2 -2 0 0 2 2 7",
+        "seven numbers": "64 36 -89 0 -23 -54 127", "[1, 2, 3]": "42 85 127",
+        "ties: absmax at 4 bits": "-4 -2 -2 0 0 2 2 7",
         "all ≥ 0": "0 0 2 3 0 4 6 7", "outlier": "-1 0 0 0 0 0 1 7",
     }
     assert set(wanted) == set(DATA_CHIPS) == set(explorer.chips)
@@ -436,7 +437,7 @@ def test_data_chips():
     explorer.set(scheme="zero-point")
     explorer.press("[1, 2, 3]")
     assert (values(explorer)["alpha"], values(explorer)["beta"]) == (0, 3)
-    explorer.press("ties")
+    explorer.press("ties: absmax at 4 bits")
     assert (explorer.readout["scale"], values(explorer)["scheme"], values(explorer)["alpha"]) == (1, "absmax", -7)
 
 
@@ -505,18 +506,17 @@ def test_mapping_of_zeros(scheme, narrow):
     assert scheme == "α, β" or explorer.readout["scale"] == 1
 
 
-def test_mapping_refuses_a_range_without_width():
+def test_a_range_of_mapping_keeps_a_width():
     explorer = mapping()
     explorer.set(alpha=-2.0, beta=5.0)
-    picture, readout = explorer.png(), explorer.readout
     explorer.controls["alpha"].value = 6.0
-    assert "alpha must be less than beta, got alpha=6 and beta=5" in message(explorer)
-    assert (explorer.png(), explorer.readout) == (picture, readout)
-    explorer.controls["beta"].value = 7.0
+    assert (values(explorer)["alpha"], values(explorer)["beta"]) == (pytest.approx(4.9), 5.0)
     assert_maps_directly(explorer, SEVEN)
-    assert not message(explorer)
-    with pytest.raises(ValueError, match="alpha must be less than beta, got alpha=3 and beta=3"):
-        mapping().set(scheme="α, β", alpha=3.0, beta=3.0)
+    explorer.controls["beta"].value = -3.0
+    assert values(explorer)["beta"] == pytest.approx(5.0)
+    explorer.set(scheme="α, β", alpha=3.0, beta=3.0)
+    assert (values(explorer)["alpha"], values(explorer)["beta"]) == (pytest.approx(2.9), 3.0)
+    assert not explorer.errors
 
 
 @pytest.mark.parametrize("size", [9, 40, 41, 500, 501, 100_000])

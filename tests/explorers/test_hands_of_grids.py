@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from qlab import samples
-from qlab.explorers import clipping
+from qlab.explorers import clipping, mapping
+from qlab.explorers.affine import SEVEN
 from tests.explorers.checks import assert_sound, values
 
 ACTIVATIONS = samples.load("activations")
@@ -136,3 +137,79 @@ def test_a_ghost_while_a_hand_holds_on(clipped):
     assert f"{change:+.2f}"[:3].replace("-", "−") in clipped._picture.numbers
     clipped._picture.pointer = hold | {"held": False}
     assert clipped.png() != held
+
+
+@pytest.fixture(scope="module")
+def mapped():
+    return mapping()
+
+
+def data(explorer):
+    return [float(word) for word in values(explorer)["data"].split(",")]
+
+
+@pytest.mark.parametrize("index, stops, expected", [(1, (0.4, 3.333), 3.33), (3, (-2.0,), -2.0),
+                                                    (1, (9.0, -99.0), -16.2)])
+def test_a_value_of_the_mapping(mapped, index, stops, expected):
+    mapped.reset()
+    drag(mapped, "a value", *((stop, 1) for stop in stops), mark=index)
+    assert data(mapped) == [expected if i == index else v for i, v in enumerate(SEVEN)]
+    assert mapped.readout["clipped"] == "0 of 7"
+    assert mapped.controls["alpha"].max == 16.2
+    if expected != -16.2:  # what is typed sets new limits
+        assert_as_a_fresh_one(mapped, mapping)
+
+
+def test_the_line_stands_still_under_the_largest_value(mapped):
+    mapped.reset()
+    for stop in (14.0, 2.0):
+        drag(mapped, "a value", (13.0, 1), (stop, 1), mark=6)
+        assert data(mapped)[6] == stop
+        assert mapped.figure.axes[0].get_xlim() == (-16.2, 16.2)
+        assert values(mapped)["beta"] == max(7.59, stop) == mapped.readout["scale"] * 127
+    mapped.reset()
+    assert values(mapped) == values(mapping())
+
+
+@pytest.mark.parametrize("name, stop, expected", [("α", -4.0, (-4.0, 10.8)), ("β", 6.04, (-10.8, 6.0)),
+                                                  ("α", 99.0, (10.7, 10.8)), ("β", -99.0, (-10.8, -10.7))])
+def test_the_ends_of_the_mapping(mapped, name, stop, expected):
+    mapped.reset()
+    drag(mapped, name, (0.0, None), (stop, None))
+    now = values(mapped)
+    assert (now["alpha"], now["beta"]) == pytest.approx(expected)
+    assert now["scheme"] == "α, β"
+    assert_as_a_fresh_one(mapped, mapping)
+
+
+def test_a_click_on_an_end_leaves_the_scheme(mapped):
+    mapped.reset()
+    mapped.set(scheme="zero-point")
+    drag(mapped, "α")
+    assert (values(mapped)["scheme"], values(mapped)["alpha"]) == ("zero-point", -7.59)
+
+
+def test_steps_are_written_beside_clipped_values(mapped):
+    mapped.reset()
+    mapped.set(alpha=-8.0, beta=5.0)
+    x_hat = mapped.readout["scale"] * (127 - mapped.readout["zero_point"])
+    shown = [text.get_text() for text in mapped.figure.axes[1].texts if text.get_visible()]
+    expected = [f"{(v - x_hat) / mapped.readout['scale']:+.{digits}f}" for v, digits in ((10.8, 0), (5.47, 1))]
+    assert shown == [*expected, "α", "β"]
+
+
+def test_many_values_are_not_taken():
+    explorer = mapping(np.linspace(-1, 1, 1000))
+    assert not marks(explorer, "a value")
+    assert len(marks(explorer, "α")) == 1
+    assert any("drawn of 1,000: 40 above, 500 below" in text.get_text() for text in explorer.figure.texts)
+
+
+def test_what_is_under_the_pointer_of_the_mapping(mapped):
+    mapped.reset()
+    for axes, y in ((0, 0.97), (1, 0.3)):
+        mapped._picture.pointer = {"hover": share(mapped, mapped.figure.axes[axes], 5.5, y)}
+        assert mapped._picture.tip.splitlines()[:2] == ["x = 5.47", "code q = 64, level x̂ = 5.44252"]
+    for axes, x, y in ((0, 5.47, 0.2), (1, 7.0, 0.3)):
+        mapped._picture.pointer = {"hover": share(mapped, mapped.figure.axes[axes], x, y)}
+        assert not mapped._picture.tip
