@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from qlab import samples
-from qlab.explorers import clipping, mapping
+from qlab.explorers import clipping, float_bits, mapping
 from qlab.explorers.affine import SEVEN
+from qlab.floats import decode
 from tests.explorers.checks import assert_sound, values
 
 ACTIVATIONS = samples.load("activations")
@@ -213,3 +214,50 @@ def test_what_is_under_the_pointer_of_the_mapping(mapped):
     for axes, x, y in ((0, 5.47, 0.2), (1, 7.0, 0.3)):
         mapped._picture.pointer = {"hover": share(mapped, mapped.figure.axes[axes], x, y)}
         assert not mapped._picture.tip
+
+
+@pytest.mark.parametrize("name, first, stops, expected", [
+    ("FP4 E2M1", "1", (2.3, 3.4), "3"), ("FP4 E2M1", "1", (-99.0,), "−6"), ("FP8 E4M3", "−0", (100.0,), "104"),
+    ("FP8 E5M2", "1", (99999.0,), "57344"),
+])
+def test_a_number_on_its_line(name, first, stops, expected):
+    explorer = float_bits(first, name)
+    assert not marks(explorer, "the power of two")
+    drag(explorer, "the number", *((stop, 0) for stop in stops))
+    assert explorer.readout["stored"] == expected
+    assert values(explorer)["value"] == expected
+    fmt = explorer.controls["code"].format
+    assert decode(values(explorer)["code"], fmt) == float(expected.replace("−", "-"))
+    assert_as_a_fresh_one(explorer, partial(float_bits, expected, name))
+
+
+@pytest.mark.parametrize("name, stop, expected", [
+    ("FP32", 0.0, -118.625 / 128), ("FP32", 20.0, -118.625 * 2**13), ("FP16", 150.0, -118.625 * 2**9),
+    ("BF16", -159.0, -(2.0**-133)),
+])
+def test_a_power_in_its_reach(name, stop, expected):
+    explorer = float_bits(-118.625, name)
+    assert not marks(explorer, "the number")
+    drag(explorer, "the power of two", (3.0, None), (stop, None))
+    stored = float(decode(values(explorer)["code"], explorer.controls["code"].format))
+    assert stored == expected if name != "BF16" else 2.0**-133 <= -stored <= 2.0**-132
+    assert values(explorer)["hex"] == explorer.readout["hex"]
+
+
+@pytest.mark.parametrize("name, first", [("FP4 E2M1", "−0"), ("FP8 E4M3", "NaN"), ("FP8 E5M2", "inf"), ("FP32", "0"),
+                                         ("FP32", "NaN"), ("FP64", "1e300")])
+def test_what_has_no_place_is_not_taken(name, first):
+    explorer = float_bits(first, name)
+    assert len(explorer._picture.grips) == (first == "−0")
+
+
+def test_all_digits_of_neighbours():
+    explorer = float_bits("0.1", "FP6 E2M3")
+    shown = [text.get_text() for text in explorer.figure.axes[1].texts]
+    assert shown[:3] == ["0", "0.125", "0.25"]
+    explorer.set(format="FP6 E3M2")
+    shown = [text.get_text() for text in explorer.figure.axes[1].texts]
+    assert shown[:3] == ["0.0625", "0.125", "0.1875"]
+    assert set(shown[3:]) == {"← 0.0625 →"}
+    explorer.set(format="FP64")
+    assert all(len(text.get_text()) < 25 for text in explorer.figure.axes[1].texts)
