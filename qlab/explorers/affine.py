@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import zip_longest
 from types import SimpleNamespace
 
 import ipywidgets as widgets
@@ -21,7 +22,7 @@ from qlab.affine import (
     zero_point_params,
 )
 from qlab.explorers.parts import bits_slider, paths, ratio_db
-from qlab.live import BLACK, BLUE, GREEN, GREY, ORANGE, VERMILION, Explorer, new_figure
+from qlab.live import BLACK, BLUE, GREEN, GREY, ORANGE, VERMILION, Explorer, FloatSlider, Handle, new_figure
 
 SEVEN = (5.47, 3.08, -7.59, 0, -1.95, -4.57, 10.8)  # the lecture notes' numbers
 
@@ -31,6 +32,7 @@ _MOST_THREADS, _MOST_POINTS, _MOST_CODES_LISTED = 40, 500, 8
 _FEW_BITS = 4  # up to here each code is labelled and joined to its level
 _LEVEL, _CODE_WIDTH = 0.84, 0.92  # where a thread has reached its level; how much of the width the codes take
 _EDGE = 0.68  # steps: where the mark of a larger error stands
+_MOST_LISTED, _LABEL_WIDTH = 12, 0.14  # errors written; how much of half the width one takes
 
 BITS = range(2, 9)
 GROUP_SIZES = (16, 32, 64, 96, 128, 192, 256, 512)
@@ -43,7 +45,7 @@ _COLORS = (matplotlib.colormaps["viridis"](np.arange(256)) * 255).round().astype
 DATA_CHIPS = {
     "seven numbers": {"data": ", ".join(map(str, SEVEN))},
     "[1, 2, 3]": {"data": "[1, 2, 3]"},
-    "ties": {"data": "-3.5, -2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 7", "bits": 4, "scheme": ABSMAX},
+    "ties: absmax at 4 bits": {"data": "-3.5, -2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 7", "bits": 4, "scheme": ABSMAX},
     "all ≥ 0": {"data": "0, 0.4, 1.3, 2.2, 0, 3.1, 4.7, 5.9"},
     "outlier": {"data": "-0.9, -0.5, -0.3, 0.2, 0.4, 0.8, 1.1, 12"},
 }
@@ -56,7 +58,7 @@ class Values:
     x: np.ndarray
     low: float  # the range, widened to hold 0
     high: float
-    limit: float  # of the sliders and the real line
+    limit: float  # of the real line, if no hand has moved a value
     points: np.ndarray  # order statistics
     threads: np.ndarray  # fewer of them
 
@@ -73,6 +75,9 @@ class Mapping:
     """What `mapping` shows for one position of its controls."""
 
     values: Values
+    limit: float  # of the sliders and the real line
+    alpha: float
+    beta: float
     params: QParams
     mse: float
     sqnr_db: float
@@ -84,12 +89,14 @@ def mapping(x=SEVEN, bits=8):
 
     Above, the real line with the levels of the grid, the line of the integer codes, stretched to the same width for
     every number of bits, and a thread from each value over its level to its code. Below, the error x − x̂ of each
-    value in steps of the grid.
+    value in steps of the grid, written beside it where the value is clipped. Values (up to 40), α and β can be taken
+    in the picture.
 
     Parameters
     ----------
     x : float array
-        Up to a million values. The error is that of all of them; of more than 40, order statistics are drawn.
+        Up to a million values. The error is that of all of them; of more than 40 above and 500 below, order statistics
+        are drawn.
     bits : int, 2 to 8
         To start with.
 
@@ -97,8 +104,9 @@ def mapping(x=SEVEN, bits=8):
     -------
     Explorer
         Controls ``data`` (numbers as text), ``scheme`` ("absmax", "zero-point" or "α, β"), ``bits``, ``alpha`` and
-        ``beta`` (the range in use, in units of the data; moving one switches to "α, β") and ``narrow`` (leave out
-        the lowest code, as absmax always does). New data sets new limits for ``alpha`` and ``beta``: set it first.
+        ``beta`` (the range in use, in units of the data; moving one switches to "α, β", and it stops a step before the
+        other) and ``narrow`` (leave out the lowest code, as absmax always does). New data sets new limits for
+        ``alpha`` and ``beta``: set it first.
         ``clipped`` counts the values that lie more than half a step outside of the levels. Chips: data worth a look.
 
     Raises
@@ -125,14 +133,14 @@ def mapping(x=SEVEN, bits=8):
     name = ", ".join(f"{v:.6g}" for v in given.x) if given.x.size <= _MOST_THREADS else f"{given.x.size:,} values"
     values_of = lru_cache(lambda text: given if text == name else _values(_numbers(text)))
 
-    slider = {"readout_format": ".4g", "style": {"description_width": "18px"}, "layout": {"width": "215px"}}
+    slider = {"readout_format": ".4g", "style": {"description_width": "18px"}, "layout": {"width": "300px"}}
     controls = {
         "data": widgets.Text(name, description="data", continuous_update=False, style={"description_width": "34px"},
                              layout={"width": "480px"}),
         "scheme": widgets.ToggleButtons(options=[ABSMAX, ZERO_POINT, FREE], style={"button_width": "96px"}),
         "bits": bits_slider(bits),
-        "alpha": widgets.FloatSlider(description="α", **slider, **_limits(given)),
-        "beta": widgets.FloatSlider(description="β", **slider, **_limits(given)),
+        "alpha": FloatSlider(description="α", **slider, **_limits(given)),
+        "beta": FloatSlider(description="β", **slider, **_limits(given)),
         "narrow": widgets.Checkbox(False, indent=False, layout={"width": "140px"}, **_narrow(ABSMAX)),
     }
     controls["bits"].style.description_width, controls["bits"].layout.width = "30px", "190px"
@@ -144,7 +152,8 @@ def mapping(x=SEVEN, bits=8):
         x, x_hat = values.x, fake_quantize(values.x, params)
         error = float(mse(x, x_hat))
         clipped = int(np.count_nonzero(_is_clipped((x - x_hat) / params.scale)))
-        return Mapping(values, params, error, float(ratio_db(np.mean(np.square(x, dtype=np.float64)), error)), clipped)
+        return Mapping(values, controls["alpha"].max, choice["alpha"], choice["beta"], params, error,
+                       float(ratio_db(np.mean(np.square(x, dtype=np.float64)), error)), clipped)
 
     def read(result):
         params, x = result.params, result.values.x
@@ -162,6 +171,7 @@ def mapping(x=SEVEN, bits=8):
         return numbers
 
     understood = {"data": name}  # the last text that was numbers
+    dragged = {}  # the text that a hand on a value has made last: under it, the real line stays as it is
 
     def couple(name, state):
         try:
@@ -173,16 +183,32 @@ def mapping(x=SEVEN, bits=8):
         understood["data"] = state["data"]
         if name not in ("data", "scheme", "alpha", "beta"):
             return {}
-        limits, ends = _limits(values), dict(zip(("alpha", "beta"), values.ends(scheme), strict=True))
+        held = name == "data" and state["data"] == dragged.get("data")
+        limits = {end: getattr(controls["alpha"], end) for end in ("min", "max", "step")} if held else _limits(values)
+        ends = dict(zip(("alpha", "beta"), np.clip(values.ends(scheme), limits["min"], limits["max"]).tolist(),
+                        strict=True))
         if name in ends:
-            # A slider in the browser rounds what the scheme has set to its step and reports that: no hand has moved it.
-            moved = scheme == FREE or abs(state[name] - ends[name]) > 0.51 * limits["step"]
-            return {"scheme": FREE, "narrow": _narrow(FREE)} if moved else {}
+            return {} if scheme != FREE and state[name] == ends[name] else {
+                "scheme": FREE, "narrow": _narrow(FREE), name: _apart(name, state, limits)}
         if name == "data":
             known = scheme == FREE and controls["alpha"].max == limits["max"]
             return {} if known else {end: {**limits, "value": value} for end, value in ends.items()}
         stays = scheme == FREE and (values.low < values.high or state["alpha"] < state["beta"])
         return {"narrow": _narrow(scheme)} | ({} if stays else ends)
+
+    def move_value(x, y, start):
+        step, limit = controls["alpha"].step / 10, controls["alpha"].max
+        numbers = values_of(start.values["data"]).x.tolist()
+        numbers[start.mark] = min(limit, max(-limit, round(x / step) * step))
+        dragged["data"] = ", ".join(f"{v:.6g}" for v in numbers)
+        return dict(dragged)
+
+    def values_in_reach(result):
+        x = result.values.x
+        return [(v, 1) for v in x.tolist()] if x.size <= _MOST_THREADS else []
+
+    def move_end(name):
+        return lambda x, y, start: {} if x == start.x else {name: x}  # a mere click does not leave the scheme
 
     def arrange(controls, chips):
         row = {"flex_flow": "row wrap", "align_items": "center"}
@@ -192,11 +218,18 @@ def mapping(x=SEVEN, bits=8):
     figure, artists = _mapping_figure()
     return Explorer(
         figure, controls, compute, partial(_draw_mapping, artists), read, couple=couple, arrange=arrange,
+        hover=_value_under,
+        handles=[
+            Handle("a value", artists.above, values_in_reach, move_value),
+            Handle("α", artists.below, lambda result: (result.alpha, None), move_end("alpha")),
+            Handle("β", artists.below, lambda result: (result.beta, None), move_end("beta")),
+        ],
+        ghost=[artists.dots, artists.threads, artists.cut, artists.ends, artists.errors], main=("sqnr_db", "dB"),
         chips={label: lambda jump=jump, **_: jump for label, jump in DATA_CHIPS.items()},
         title="From values to codes",
         description="Above: the real line with the levels of the grid, the integer codes below it, and a thread from "
         "each value to its code, dashed where it is clipped. Below: the error of each value in steps of the grid; "
-        "triangles mark clipped values.",
+        "triangles mark clipped values, with their error in numbers; dashed lines are α and β.",
     )
 
 
@@ -234,6 +267,26 @@ def _limits(values):
     return {"min": -limit, "max": limit, "step": float(step)}
 
 
+def _value_under(axes, x, y, result):
+    points, params = result.values.points, result.params
+    value = points[np.abs(points - x).argmin()]
+    on_the_codes = axes.get_ylim()[1] == 1 and y < _LEVEL
+    if on_the_codes or abs(value - x) > 0.02 * result.limit:
+        return ""
+    code = int(quantize(value, params))
+    x_hat = float(dequantize(code, params))
+    text = (f"x = {value:.6g}\ncode q = {code}, level x̂ = {x_hat:.6g}\n"
+            f"x − x̂ = {(value - x_hat) / params.scale:+.3g} steps")
+    return text.replace("-", "−")
+
+
+def _apart(name, state, limits):
+    """The value of an end that has been moved, a step from the other at least."""
+    if name == "alpha":
+        return max(limits["min"], min(state["alpha"], state["beta"] - limits["step"]))
+    return min(limits["max"], max(state["beta"], state["alpha"] + limits["step"]))
+
+
 def _narrow(scheme):
     always = scheme == ABSMAX
     return {"disabled": always, "description": "always narrow" if always else "narrow range"}
@@ -269,7 +322,7 @@ def _mapping_figure():
         levels = above.plot([], [], color=GREY, lw=1, **moving)[0]
         threads = above.plot([], [], color=BLUE, lw=1.6, **moving)[0]
         cut = above.plot([], [], color=VERMILION, lw=2, ls=(0, (3, 2)), **moving)[0]
-        dots = above.plot([], [], "o", color=BLACK, ms=7, clip_on=False, scalex=False, zorder=5)[0]
+        dots = above.plot([], [], "o", color=BLACK, ms=8, clip_on=False, zorder=5, **moving)[0]
         landed = above.plot([], [], "s", color=BLACK, ms=6, clip_on=False, **moving)[0]
         zero = above.plot([], [], "D:", color=GREEN, ms=9, markevery=[2], clip_on=False, **moving)[0]
         label = {"va": "top", "fontsize": 13, "animated": True}
@@ -286,26 +339,37 @@ def _mapping_figure():
         errors = below.plot([], [], "o", color=BLUE, ms=6, **moving)[0]
         over = below.plot([], [], "^", color=VERMILION, ms=10, clip_on=False, **moving)[0]
         under = below.plot([], [], "v", color=VERMILION, ms=10, clip_on=False, **moving)[0]
+        off = [below.text(0, 0, "", va="center", fontsize=13, animated=True) for _ in range(_MOST_LISTED)]
+        ends = below.plot([], [], color=BLACK, lw=1.6, ls="--", transform=below.get_xaxis_transform(), **moving)[0]
+        names = [below.text(0, 0.8, name, ha="center", va="bottom", animated=True) for name in "αβ"]
+        drawn = figure.text(0.005, 0.012, "", fontsize=13)
         figure.legend(
             [Line2D([], [], color=BLUE, marker="o"), Line2D([], [], color=VERMILION, ls=(0, (3, 2)), marker="^", ms=9)],
             ["rounded", "clipped"], loc="lower right", ncols=2, frameon=False, borderaxespad=0.1,
         )
     return figure, SimpleNamespace(
         above=above, levels=levels, threads=threads, cut=cut, dots=dots, landed=landed, zero=zero, codes=codes,
-        zero_code=zero_code, sawtooth=sawtooth, stems=stems, errors=errors, over=over, under=under, values=None,
+        zero_code=zero_code, sawtooth=sawtooth, stems=stems, errors=errors, over=over, under=under, off=off,
+        ends=ends, names=names, drawn=drawn, below=below, shown=None,
     )
 
 
 def _draw_mapping(artists, result):
-    values, params = result.values, result.params
-    if values is not artists.values:  # a new background
-        artists.values = values
-        artists.above.set_xlim(-values.limit, values.limit)
-        artists.dots.set_data(values.threads, np.ones(values.threads.size))
+    values, params, limit = result.values, result.params, result.limit
+    count = values.x.size if values.x.size > _MOST_THREADS else 0
+    if (limit, count) != artists.shown:  # a new background
+        artists.shown = limit, count
+        artists.above.set_xlim(-limit, limit)
+        few, many = values.threads.size, values.points.size
+        artists.drawn.set_text(f"drawn of {count:,}: {few} above, {many} below" if count else "")
+    artists.dots.set_data(values.threads, np.ones(values.threads.size))
+    artists.ends.set_data(*paths([[result.alpha, result.beta]] * 2, [0, 1]))
+    for text, end in zip(artists.names, (result.alpha, result.beta), strict=True):
+        text.set_x(end)
 
     def place(q):
         """Where a code stands on the line of the codes, in units of the real line."""
-        return _CODE_WIDTH * values.limit * (2 * (q - params.qmin) / (params.qmax - params.qmin) - 1)
+        return _CODE_WIDTH * limit * (2 * (q - params.qmin) / (params.qmax - params.qmin) - 1)
 
     codes = np.arange(params.qmin, params.qmax + 1)
     levels, few = dequantize(codes, params), codes.size <= 2**_FEW_BITS
@@ -328,7 +392,7 @@ def _draw_mapping(artists, result):
     artists.landed.set_data(q, np.zeros(q.size))
 
     half = params.scale / 2
-    starts, stops = np.append(-values.limit, levels[1:] - half), np.append(levels[:-1] + half, values.limit)
+    starts, stops = np.append(-limit, levels[1:] - half), np.append(levels[:-1] + half, limit)
     artists.sawtooth.set_data(*paths([starts, stops], [(starts - levels) / (2 * half), (stops - levels) / (2 * half)]))
     artists.sawtooth.set_visible(few)
     x = values.points
@@ -339,6 +403,23 @@ def _draw_mapping(artists, result):
     artists.errors.set_data(x[~clipped], steps[~clipped])
     for line, some in ((artists.over, clipped & (steps > 0)), (artists.under, clipped & (steps < 0))):
         line.set_data(x[some], np.clip(steps[some], -_EDGE, _EDGE))
+    labelled = _labelled(x, np.where(clipped, steps, 0), limit) if x.size <= _MOST_THREADS else []
+    for text, i in zip_longest(artists.off, labelled):
+        text.set_visible(i is not None)
+        if i is not None:
+            left = x[i] > 0.8 * limit or (steps[i] < 0 and x[i] > -0.8 * limit)  # away from α and β
+            text.set(x=x[i] + (-0.018 if left else 0.018) * limit, y=np.copysign(_EDGE, steps[i]),
+                     ha="right" if left else "left", text=_signed(f"{steps[i]:+.{int(abs(steps[i]) < 100)}f}"))
+
+
+def _labelled(x, steps, limit):
+    """Which clipped values have room for their error beside them; the farthest off come first."""
+    chosen = []
+    for i in np.argsort(-np.abs(steps), kind="stable").tolist():
+        near = any(steps[i] * steps[j] > 0 and abs(x[i] - x[j]) < _LABEL_WIDTH * limit for j in chosen)
+        if steps[i] and not near and len(chosen) < _MOST_LISTED:
+            chosen.append(i)
+    return chosen
 
 
 def _signed(code):

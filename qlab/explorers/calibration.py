@@ -12,12 +12,27 @@ from matplotlib.lines import Line2D
 from qlab import calibration
 from qlab.affine import ErrorSplit, QParams, dequantize, range_params
 from qlab.explorers.parts import bits_slider, ratio_db
-from qlab.live import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, Explorer, new_figure
+from qlab.live import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    Explorer,
+    FloatLogSlider,
+    FloatSlider,
+    Handle,
+    new_figure,
+)
 
 _BINS = 360
 _CURVE_POINTS = 60
 _STEPS = 400  # of a range slider
 _FEW_LEVELS = 32  # up to here every level is a full line, beyond it a short tick
+_OVER = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 5, "frameon": False, "borderaxespad": 0,
+         "columnspacing": 1.1, "handletextpad": 0.5}  # a legend in a row of its own
 
 CALIBRATORS = {
     "min-max": lambda profile, bits, linked: calibration.minmax(profile, symmetric=linked),
@@ -41,7 +56,8 @@ class Clipping:
     clipped: float  # share of the values
     left: ErrorSplit  # error while alpha moves
     right: ErrorSplit  # error while beta moves
-    marks: dict  # calibrator: its beta
+    marks: dict  # calibrator: the ends of its range, and their error
+    linked: bool
     log: bool
     view: str
 
@@ -50,7 +66,8 @@ def clipping(x, bits=4):
     """Explore how the ends of the range trade rounding error for clipping error.
 
     Above, the histogram of ``x``, the grid, and the clipped tails. Below, the error as a function of where the range
-    ends: right of 0 while β moves, left of 0 while α moves, the other end held.
+    ends: right of 0 while β moves, left of 0 while α moves, the other end held. Both ends can be taken in the picture,
+    and if they are not linked the range as a whole.
 
     Parameters
     ----------
@@ -63,7 +80,8 @@ def clipping(x, bits=4):
     -------
     Explorer
         Controls ``alpha``, ``beta`` (units of ``x``), ``bits``, ``linked`` (the range is [−β, β] and the quantizer
-        symmetric), ``log`` (logarithmic counts) and ``view`` ("all" or "crowd"). Chips: one for each calibrator.
+        symmetric), ``log`` (logarithmic counts) and ``view`` ("all" or "crowd"). An end stops a step before the range
+        would have no width. Chips: one for each calibrator.
 
     Raises
     ------
@@ -83,14 +101,14 @@ def clipping(x, bits=4):
         raise ValueError("x must hold a value other than 0, got only zeros")
     slider = {"step": reach / _STEPS, "readout_format": ".3f" if reach < 100 else ".1f", "layout": {"width": "400px"}}
     controls = {
-        "alpha": widgets.FloatSlider(-reach, min=-reach, max=0.0, description="α", **slider),
-        "beta": widgets.FloatSlider(reach, min=0.0, max=reach, description="β", **slider),
+        "alpha": FloatSlider(-reach, min=-reach, max=0.0, description="α", **slider),
+        "beta": FloatSlider(reach, min=0.0, max=reach, description="β", **slider),
         "bits": bits_slider(bits),
         "linked": widgets.Checkbox(True, description="linked: α = −β", indent=False, layout={"width": "150px"}),
         "log": widgets.Checkbox(True, description="log counts", indent=False, layout={"width": "120px"}),
         "view": widgets.ToggleButtons(options=["all", "crowd"], style={"button_width": "70px"}),
     }
-    found = {}  # (bits, linked): {calibrator: beta}, filled as chips are pressed
+    found = {}  # (bits, linked): marks, filled as chips are pressed
 
     def jump(calibrator, *, bits, linked, **_):
         alpha, beta = CALIBRATORS[calibrator](profile, bits, linked)
@@ -98,7 +116,8 @@ def clipping(x, bits=4):
         if linked:
             beta = max(-alpha, beta)
             alpha = -beta
-        found.setdefault((bits, linked), {})[calibrator] = beta
+        error = float(profile.mse(alpha, beta, bits, symmetric=linked))
+        found.setdefault((bits, linked), {})[calibrator] = alpha, beta, error
         return {"alpha": alpha, "beta": beta}
 
     ends = reach * np.linspace(1 / _CURVE_POINTS, 1, _CURVE_POINTS)
@@ -120,7 +139,7 @@ def clipping(x, bits=4):
             left=curve(None, None if linked else beta, bits),
             right=curve(None if linked else alpha, None, bits),
             marks=dict(found.get((bits, linked), {})),
-            log=log, view=view,
+            linked=linked, log=log, view=view,
         )
 
     def read(result):
@@ -137,18 +156,39 @@ def clipping(x, bits=4):
         }
 
     def couple(name, values):
-        if not values["linked"]:
-            return {}
-        return {"beta": -values["alpha"]} if name == "alpha" else {"alpha": -values["beta"]}
+        alpha, beta, least = values["alpha"], values["beta"], slider["step"]
+        if values["linked"]:
+            beta = max(-alpha if name == "alpha" else beta, least)
+            return {"alpha": -beta, "beta": beta}
+        if beta - alpha < least:
+            return {"alpha": -least} if name == "alpha" else {"beta": least}
+        return {}
+
+    def shift(x, y, start):
+        alpha, beta = start.values["alpha"], start.values["beta"]
+        way = np.clip(x - start.x, max(-reach - alpha, -beta), min(-alpha, reach - beta))
+        return {"alpha": float(alpha + way), "beta": float(beta + way)}
+
+    def whole(result):
+        """The range, where it has room to move."""
+        alpha, beta = result.alpha, result.beta
+        room = max(min(reach + alpha, beta), min(-alpha, reach - beta))
+        return [((alpha, beta), None)] if room and not result.linked else []
 
     figure, artists = _clipping_figure(profile, reach, ends)
+    handles = [handle for axes in (artists.above, artists.below) for handle in (
+        Handle("α", axes, lambda result: (result.alpha, None), lambda x, y, start: {"alpha": x}),
+        Handle("β", axes, lambda result: (result.beta, None), lambda x, y, start: {"beta": x}),
+        Handle("the range", axes, whole, shift),
+    )]
     return Explorer(
         figure, controls, compute, partial(_draw_clipping, artists), read,
-        chips={name: partial(jump, name) for name in CALIBRATORS}, couple=couple,
+        chips={name: partial(jump, name) for name in CALIBRATORS}, couple=couple, handles=handles,
+        ghost=[*artists.lines, artists.curves["total"], artists.dots], main=("sqnr_db", "dB"),
         title=f"Clipping {profile.n:,} values",
         description="Above: histogram of the data, the quantizer's levels as vertical lines, and the clipped tails "
         "shaded. Below: rounding error, clipping error and their sum against the ends of the range; a dot marks the "
-        "present range.",
+        "present range, hollow signs the calibrators' ranges and errors.",
     )
 
 
@@ -166,29 +206,26 @@ def _clipping_figure(profile, reach, ends):
                                 transform=above.get_xaxis_transform())
         above.add_collection(levels, autolim=False)
         tails = [above.axvspan(0, 1, color=VERMILION, alpha=0.22, lw=0, animated=True) for _ in range(2)]
-        above.legend([levels, tails[0]], ["levels", "clipped"], loc="upper left").set_animated(False)
+        above.legend([levels, tails[0]], ["levels", "clipped"], **_OVER).set_animated(False)
         lines = [_two_verticals(axes) for axes in (above, below)]
 
         best = profile.mse(-ends, ends, 8).min()
         power = profile.std**2 + profile.mean**2
-        below.set(yscale="log", ylim=(min(best, power / 10) / 10, 3 * power),
-                  xlabel="end of the range (units of the data)", ylabel="mean squared error")
+        below.set(yscale="log", ylim=(min(best, power / 10) / 10, 3 * power), ylabel="mean squared error")
         look = {"rounding": {"color": BLUE, "ls": "--"}, "clipping": {"color": VERMILION, "ls": ":"},
                 "total": {"color": BLACK, "ls": "-"}}
         places = np.concatenate([-ends[::-1], [np.nan], ends])
         curves = {part: below.plot(places, places, animated=True, **look[part])[0] for part in look}
-        below.legend([Line2D([], [], **look[part]) for part in look],
-                     ["rounding error", "clipping error", "sum: MSE"], loc="lower left")
-        dots = below.plot([], [], "o", ms=11, color=BLACK, animated=True)[0]
-        colors = dict(zip(CALIBRATORS, (BLACK, SKY, GREEN, PURPLE, ORANGE), strict=True))
+        dots = below.plot([], [], "o", ms=9, color=BLACK, animated=True)[0]
         marks = {  # background: they change when a chip is pressed, not while a slider moves
-            name: (
-                below.axvline(0, ymax=0.42 - 0.08 * i, color=color, lw=3, visible=False),
-                below.annotate(name, (0, 0.42 - 0.08 * i), (6, 0), xycoords=below.get_xaxis_transform(), va="top",
-                               textcoords="offset points", fontsize=13, annotation_clip=True, visible=False),
-            )
-            for i, (name, color) in enumerate(colors.items())
+            name: below.plot([], [], sign, color=color, ms=11, mfc="none", mew=2.5, clip_on=False, visible=False)[0]
+            for name, sign, color in zip(CALIBRATORS, "sD^vp", (ORANGE, SKY, GREEN, PURPLE, VERMILION), strict=True)
         }
+        below.add_artist(below.legend([Line2D([], [], **look[part]) for part in look], ["rounding", "clipping", "sum"],
+                                      **_OVER))
+        signs = [Line2D([], [], ls="", marker=mark.get_marker(), color=mark.get_color(), ms=11, mfc="none", mew=2.5)
+                 for mark in marks.values()]
+        below.legend(signs, list(marks), **_OVER | {"loc": "lower right", "bbox_to_anchor": (1, 1), "handlelength": 1})
     return figure, SimpleNamespace(
         above=above, below=below, views=views, histograms=histograms, levels=levels, tails=tails, lines=lines,
         curves=curves, dots=dots, marks=marks, scene=None, shown={},
@@ -196,7 +233,7 @@ def _clipping_figure(profile, reach, ends):
 
 
 def _draw_clipping(artists, result):
-    scene = result.log, result.view
+    scene = result.log, result.view, result.linked
     if scene != artists.scene:
         _draw_scene(artists, *scene)
     low, high = result.levels[[0, -1]]
@@ -212,30 +249,26 @@ def _draw_clipping(artists, result):
         curve.set_ydata(np.maximum(np.concatenate([left[::-1], [np.nan], right]), 1e-300))
     artists.dots.set_data([result.alpha, result.beta], [max(result.error.total, 1e-300)] * 2)
     if result.marks != artists.shown:
-        _draw_marks(artists, result.marks)
+        artists.shown = result.marks
+        for name, mark in artists.marks.items():
+            mark.set_visible(name in result.marks)
+            *range_, error = result.marks.get(name, (np.nan,) * 3)
+            mark.set_data(range_, [max(error, 1e-300)] * 2)
 
 
-def _draw_marks(artists, marks):
-    artists.shown = marks
-    for name, (line, text) in artists.marks.items():
-        line.set_visible(name in marks)
-        text.set_visible(name in marks)
-        if name in marks:
-            line.set_xdata([marks[name]] * 2)
-            text.xy = marks[name], text.xy[1]
-            at_the_edge = marks[name] > 0.9 * artists.views["all"]
-            text.set(ha="right" if at_the_edge else "left", position=(-6 if at_the_edge else 6, 0))
-
-
-def _draw_scene(artists, log, view):
-    """What calls for a new background: the scale of the counts and the part of the axis shown."""
-    artists.scene = log, view
+def _draw_scene(artists, log, view, linked):
+    """What calls for a new background: the scale of the counts, the part of the axis shown, and what it means."""
+    artists.scene = log, view, linked
     for name, stairs in artists.histograms.items():
         stairs.set_visible(name == view)
     top = artists.histograms[view].get_data().values.max()
     artists.above.set_yscale("log" if log else "linear")
     artists.above.set_ylim((0.7, 2 * top) if log else (0, 1.06 * top))
     artists.above.set_xlim(-artists.views[view], artists.views[view])
+    artists.below.set_xlabel(
+        "end of the range, α = −β (units of the data)" if linked else
+        "left of 0: the error while α moves, β held  |  right of 0: while β moves, α held"
+    )
 
 
 @dataclass(frozen=True)
@@ -323,7 +356,7 @@ def drift(calibrated_on, new, bits=8):
         }
 
     controls = {
-        "gain": widgets.FloatLogSlider(1.0, base=2, min=-2, max=2, step=0.05, description="gain",
+        "gain": FloatLogSlider(1.0, base=2, min=-2, max=2, step=0.05, description="gain",
                                        readout_format=".2f", layout={"width": "400px"}),
         "bits": bits_slider(bits),
         "calibrator": widgets.Dropdown(options=list(CALIBRATORS), description="calibrator", layout={"width": "220px"}),

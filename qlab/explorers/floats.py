@@ -13,12 +13,13 @@ from matplotlib.collections import LineCollection
 from matplotlib.lines import Line2D
 
 from qlab.floats import FORMATS, FloatFormat, decode, encode, fields, spacing
-from qlab.live import BLACK, BLUE, GREY, ORANGE, PURPLE, SKY, VERMILION, Explorer, new_figure
+from qlab.live import BLACK, BLUE, GREY, ORANGE, PURPLE, SKY, VERMILION, Explorer, Handle, new_figure
 
 _BY_NAME = {fmt.name: fmt for fmt in FORMATS}
 _FIELDS = ("sign", "exponent", "mantissa")
 _COLORS = dict(zip(_FIELDS, (PURPLE, SKY, ORANGE), strict=True))
 _PALE = dict(zip(_FIELDS, ("#F3DFEB", "#DDF0FB", "#FBECCB"), strict=True))
+_ROOM = 12  # characters that one of three neighbours may have if all digits are written
 _WIDEST = 54  # characters of the product that fit into a line
 _COMPARED = ("FP32", "BF16", "FP16", "FP8 E5M2", "FP8 E4M3")
 
@@ -105,7 +106,8 @@ def float_bits(value=-118.625, format="FP32"):
     """Explore how the bits of a number make its value.
 
     One box per bit, above the sum that they stand for; below, the number between its neighbours, and all numbers of the
-    format (up to 8 bits) or the reach of several formats.
+    format (up to 8 bits) or the reach of several formats. On the line the number can be taken, to land on others; in
+    the reach its power of two, which leaves the mantissa as it is.
 
     Parameters
     ----------
@@ -196,6 +198,15 @@ def float_bits(value=-118.625, format="FP32"):
             error=_error(stored, wanted),
         )
 
+    def move_number(x, y, start):
+        fmt = boxes.format
+        return {"code": int(encode(min(fmt.max, max(-fmt.max, x)), fmt))}
+
+    def move_power(x, y, start):
+        fmt, number = boxes.format, float(decode(start.values["code"], boxes.format))
+        low, high = (int(np.floor(np.log2(end / abs(number)))) for end in (fmt.smallest_subnormal, fmt.max))
+        return {"code": int(encode(np.ldexp(number, min(high, max(low, round(x - np.log2(abs(number)))))), fmt))}
+
     def special(name, code_of, **_):
         code = code_of(boxes.format)
         if code is None:
@@ -216,6 +227,11 @@ def float_bits(value=-118.625, format="FP32"):
     return Explorer(
         figure, controls, compute, partial(_draw_bits, artists), _read_bits, chips=chips, couple=couple,
         arrange=_arrange,
+        handles=[
+            Handle("the number", artists.line, lambda result: (result.stored, 0), move_number),
+            Handle("the power of two", artists.reach, lambda result: (_log2(result.stored), None), move_power),
+        ],
+        ghost=[artists.dots[artists.line], artists.here],
         title="The bits of a number",
         description="Above: the three fields, what each stands for, and their product, the value. In the middle: the "
         "number between its two neighbours. Below: all numbers of the format on a line, or the reach of five formats.",
@@ -312,8 +328,7 @@ def _draw_bits(artists, result):
     for moving, x in ((artists.dots, result.stored), (artists.typed, result.wanted)):
         moving[artists.line].set_data([x if np.isfinite(x) else np.nan], [0])
         moving[artists.line].set_visible(small and abs(x) <= 1.05 * limit)
-    size = abs(result.stored)
-    artists.here.set_xdata([np.log2(size) if 0 < size < np.inf else np.nan] * 2)
+    artists.here.set_xdata([_log2(result.stored)] * 2)
 
 
 def _draw_format(artists, fmt):
@@ -326,7 +341,7 @@ def _draw_format(artists, fmt):
         numbers = numbers[np.isfinite(numbers)]
         artists.every.set_segments([[(x, -0.55), (x, 0.55)] for x in numbers])
         artists.line.set_xlim(-1.04 * fmt.max, 1.04 * fmt.max)
-        artists.line.set_xlabel(f"all {len(np.unique(numbers))} numbers of {fmt.name}")
+        artists.line.set_xlabel(f"all numbers of {fmt.name}")
     artists.format = fmt
     artists.line.figure.stale = True
 
@@ -344,16 +359,17 @@ def _draw_neighbours(artists, result):
         artists.numbers[1].set_visible(True)
         artists.numbers[1].set(position=(0, 0.5), text=f"{result.kind}: no neighbours")
         return
-    digits = 2 + int(0.302 * (result.format.mantissa_bits + 1))  # enough to tell neighbours apart
+    three = (result.below, result.stored, result.above)
+    digits = 17 if max(len(_spell(number)) for number in three) <= _ROOM else (
+        2 + int(0.302 * (result.format.mantissa_bits + 1)))  # enough to tell neighbours apart
     left, right = -min(down / gap, 1), min(up / gap, 1)
     middles = [left / 2, right / 2]
     artists.neighbours.set_segments([[(x, -0.35), (x, 0.35)] for x in (left, 0, right)]
                                     + [[(x, -0.18), (x, 0.18)] for x in middles])
-    for text, x, number in zip(artists.numbers, (left, 0, right), (result.below, result.stored, result.above),
-                               strict=True):
+    for text, x, number in zip(artists.numbers, (left, 0, right), three, strict=True):
         text.set(position=(x, -0.72), text=_spell(number, digits))
     for text, x, distance in zip(artists.gaps, middles, (down, up), strict=True):
-        text.set(position=(x, 0.72), text=f"← {distance:.4g} →" if np.isfinite(distance) else "")
+        text.set(position=(x, 0.72), text=f"← {_gap(distance)} →" if np.isfinite(distance) else "")
     artists.dots[artists.middle].set_data([0], [0])
     artists.typed[artists.middle].set_data([wanted / gap], [0.12])
 
@@ -453,6 +469,15 @@ def _spell(number, digits=17):
         return {"nan": "NaN", "inf": "∞", "-inf": "−∞"}[str(number)]
     text = repr(number) if digits == 17 else f"{number:.{digits}g}"
     return text.removesuffix(".0").replace("-", "−")
+
+
+def _gap(distance):
+    return _spell(distance) if len(_spell(distance)) <= _ROOM else f"{distance:.4g}"
+
+
+def _log2(number):
+    """Of its magnitude; NaN where there is none."""
+    return float(np.log2(abs(number))) if 0 < abs(number) < np.inf else np.nan
 
 
 def _decimal(x):

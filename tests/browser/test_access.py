@@ -21,8 +21,8 @@ FIGURES = {  # variable: the code that makes its figure, and what Tab reaches in
               "sign, bit 0, exponent, bit 3, exponent, bit 2, exponent, bit 1, exponent, bit 0, mantissa, bit 2, "
               "mantissa, bit 1, mantissa, bit 0, Reset"),
     "mapped": ("mapping()",
-               "data, seven numbers, [1, 2, 3], ties, all ≥ 0, outlier, absmax, zero-point, α, β, bits, bits, value, "
-               "α, α, value, β, β, value, Reset"),
+               "data, seven numbers, [1, 2, 3], ties: absmax at 4 bits, all ≥ 0, outlier, absmax, zero-point, α, β, "
+               "bits, bits, value, α, α, value, β, β, value, Reset"),
     "run": ('training_run([{"step": i, "loss": 3 - i, "ranges": {"conv": (0.0, 3.0)}} for i in range(3)])',
             "play, stop, repeat, step, step, value, Reset"),
 }
