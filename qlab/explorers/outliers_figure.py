@@ -87,6 +87,7 @@ def landscape(places=None):
         axes.set(xlabel="\nchannel", ylabel="\ntoken", zlabel="|x|")
         axes.view_init(elev=28, azim=-60)
         axes.set_box_aspect((2.4, 1.1, 0.9), zoom=1.35)
+        figure.add_axes((0, 0, 1, 1)).set_axis_off()  # for the pointer: the surface reaches beyond its own axes
 
     surfaces = []
 
@@ -98,8 +99,8 @@ def landscape(places=None):
                                          antialiased=False, clip_on=False)]
         axes.set(xlim=(0, result.channels[-1]), ylim=(0, result.tokens[-1]), zlim=(0, 1.05 * result.largest))
 
-    def hover(axes, x, y, result):
-        if not (found := _vertex_at(axes, x, y, result)):
+    def hover(over, x, y, result):
+        if not (found := _vertex_at(axes, over.transData.transform((x, y)), result)):
             return ""
         token, channel = found
         column = result.x[:, channel]
@@ -114,25 +115,20 @@ def landscape(places=None):
     )
 
 
-def _vertex_at(axes, x, y, result):
-    """Token and channel of what stands in front at a place of the picture, each part as a bar as high as the surface.
-
-    ``x`` and ``y`` as the axes project what they hold.
-    """
-    tokens, channels = result.tokens[:-1], result.channels[:-1]
-    heights = result.heights[:-1, :-1]
-    columns, rows = np.meshgrid(channels, tokens)
-    to_pixels = axes.transData.transform
-    across, up, depth = proj3d.proj_transform(columns.ravel(), rows.ravel(), heights.ravel(), axes.get_proj())
-    base_across, base_up, _ = proj3d.proj_transform(columns.ravel(), rows.ravel(), np.zeros(rows.size), axes.get_proj())
-    tops, bases = to_pixels(np.column_stack([across, up])), to_pixels(np.column_stack([base_across, base_up]))
-    here, along = to_pixels((x, y)), tops - bases
+def _vertex_at(axes, here, result):
+    """Token and channel of what stands in front at a pixel, each part as a bar as high as the surface; or None."""
+    columns, rows = (grid.ravel() for grid in np.meshgrid(result.channels[:-1], result.tokens[:-1]))
+    heights = result.heights[:-1, :-1].ravel()
+    *bases, _ = proj3d.proj_transform(columns, rows, 0 * heights, axes.get_proj())
+    *tops, depth = proj3d.proj_transform(columns, rows, heights, axes.get_proj())
+    bases, tops = (axes.transData.transform(np.column_stack(ends)) for ends in (bases, tops))
+    along = tops - bases
     share = np.clip(((here - bases) * along).sum(1) / np.maximum((along**2).sum(1), 1e-9), 0, 1)
     far = np.hypot(*(bases + share[:, None] * along - here).T)
-    near = np.flatnonzero(far <= 0.004 * axes.figure.bbox.width)
+    near = np.flatnonzero(far <= 0.0025 * axes.figure.bbox.width)
     if not near.size:
         return None
-    row, column = divmod(int(near[np.argmin(np.asarray(depth)[near])]), len(channels))
+    row, column = divmod(int(near[np.argmin(np.asarray(depth)[near])]), len(result.channels) - 1)
     part = result.x[result.tokens[row]:result.tokens[row + 1], result.channels[column]:result.channels[column + 1]]
     token, channel = divmod(int(part.argmax()), part.shape[1])
     return result.tokens[row] + token, result.channels[column] + channel
@@ -252,7 +248,7 @@ def outliers(places=None, bits=8):
         "bits": bits_slider(bits),
         "treatment": widgets.ToggleButtons(options=[KEEP, CLIP, ZERO, FLOAT], style={"button_width": "72px"}),
         "threshold": FloatLogSlider(6, base=2, min=-2, max=12, step=0.125, description="at |x| ≥", disabled=True,
-                                    readout_format=".2f", layout={"width": "330px"},
+                                    readout_format=".2f", layout={"width": "370px"},
                                     style={"description_width": "60px"}),
     }
 
@@ -278,7 +274,7 @@ def outliers(places=None, bits=8):
 
 def _under_the_pointer(places, axes, x, y, result):
     sizes = places[result.place][0].abs().numpy()
-    heat, profile, _ = axes.figure.axes
+    heat, _, profile = axes.figure.axes
     if axes not in (heat, profile):
         name = list(result.output_error)[int(np.clip(round(y), 0, len(result.output_error) - 1))]
         mean, worst = result.output_error[name]

@@ -95,7 +95,7 @@ def qat(bits=3):
     >>> explorer.readout["x_hat"], explorer.readout["straight_through"], explorer.readout["gradient_by_s"]
     (1.5, 0, 3.0)
     """
-    slider = {"style": {"description_width": "20px"}, "layout": {"width": "310px"}}
+    slider = {"style": {"description_width": "20px"}, "layout": {"width": "330px"}}
     controls = {
         "scheme": widgets.ToggleButtons(options=[LSQ, PACT], style={"button_width": "112px"}),
         "bits": bits_slider(bits),

@@ -110,7 +110,7 @@ def smoothing(places=None, bits=8):
     controls = {
         "place": place_control(places),
         "direction": widgets.ToggleButtons(options=[OFF, RIGHT, PRINTED], style={"button_width": "160px"}),
-        "alpha": FloatSlider(0.5, min=0, max=1, step=0.05, description="α", disabled=True, layout={"width": "300px"},
+        "alpha": FloatSlider(0.5, min=0, max=1, step=0.05, description="α", disabled=True, layout={"width": "330px"},
                              style={"description_width": "20px"}),
         "per": widgets.ToggleButtons(options=[TENSOR, VECTOR], style={"button_width": "110px"}),
         "bits": bits_slider(bits),
