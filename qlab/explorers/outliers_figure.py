@@ -11,15 +11,26 @@ import ipywidgets as widgets
 import matplotlib
 import numpy as np
 import torch
+from mpl_toolkits.mplot3d import proj3d
 
 from qlab.affine import fake_quantize, sqnr_db
 from qlab.explorers.parts import bits_slider, paths
-from qlab.explorers.places import checked_places, group_size, place_control, place_params
-from qlab.live import BLACK, BLUE, GREY, ON_GREY, ORANGE, VERMILION, Explorer, new_figure
+from qlab.explorers.places import channel_at, checked_places, group_size, place_control, place_params
+from qlab.live import (
+    BLACK,
+    BLUE,
+    GREY,
+    ON_GREY,
+    ORANGE,
+    VERMILION,
+    Explorer,
+    FloatLogSlider,
+    Handle,
+    new_figure,
+)
 from qlab.outliers import GRANULARITIES
 
 KEEP, CLIP, ZERO, FLOAT = "keep", "clip", "zero", "in float"
-THRESHOLDS = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _LEAST, _MOST = 0.03, 300.0  # percent: ends of the axis of the output error
 _MOST_COLUMNS = 800  # of the heat map
 _MOST_RIDGES = 200  # of the surface
@@ -63,7 +74,7 @@ def landscape(places=None):
         tokens, channels = (np.arange(0, length, -(-length // _MOST_RIDGES)) for length in x.shape)
         heights = np.maximum.reduceat(np.maximum.reduceat(x.numpy(), tokens, axis=0), channels, axis=1)
         token, channel = divmod(int(x.argmax()), x.shape[1])
-        return SimpleNamespace(tokens=[*tokens, x.shape[0]], channels=[*channels, x.shape[1]],
+        return SimpleNamespace(x=x, tokens=[*tokens, x.shape[0]], channels=[*channels, x.shape[1]],
                                heights=np.pad(heights, (0, 1), "edge"),  # a surface even of a single row
                                largest=x.max().item(), median=x.median().item(), token=token, channel=channel)
 
@@ -71,11 +82,12 @@ def landscape(places=None):
         return {"largest": result.largest, "at_token": result.token, "at_channel": result.channel,
                 "median": result.median, "largest_to_median": result.largest / result.median}
 
-    with new_figure(height=500) as figure:
+    with new_figure(height=480) as figure:
         axes = figure.add_subplot(projection="3d", computed_zorder=False)
         axes.set(xlabel="\nchannel", ylabel="\ntoken", zlabel="|x|")
         axes.view_init(elev=28, azim=-60)
         axes.set_box_aspect((2.4, 1.1, 0.9), zoom=1.35)
+        figure.add_axes((0, 0, 1, 1)).set_axis_off()  # for the pointer: the surface reaches beyond its own axes
 
     surfaces = []
 
@@ -87,12 +99,39 @@ def landscape(places=None):
                                          antialiased=False, clip_on=False)]
         axes.set(xlim=(0, result.channels[-1]), ylim=(0, result.tokens[-1]), zlim=(0, 1.05 * result.largest))
 
+    def hover(over, x, y, result):
+        if not (found := _vertex_at(axes, over.transData.transform((x, y)), result)):
+            return ""
+        token, channel = found
+        column = result.x[:, channel]
+        return (f"channel {channel}, token {token}: |x| = {result.x[token, channel].item():.4g}\n"
+                f"largest in the channel: {column.max().item():.4g}, median {column.median().item():.3g}")
+
     return Explorer(
-        figure, {"place": place_control(places)}, compute, draw, read,
+        figure, {"place": place_control(places)}, compute, draw, read, hover=hover,
         title="Activations as a surface",
         description="The magnitude of each activation as a height over tokens and channels. An outlier channel is a "
         "ridge that runs along all tokens; a massive activation is a single needle.",
     )
+
+
+def _vertex_at(axes, here, result):
+    """Token and channel of what stands in front at a pixel, each part as a bar as high as the surface; or None."""
+    columns, rows = (grid.ravel() for grid in np.meshgrid(result.channels[:-1], result.tokens[:-1]))
+    heights = result.heights[:-1, :-1].ravel()
+    *bases, _ = proj3d.proj_transform(columns, rows, 0 * heights, axes.get_proj())
+    *tops, depth = proj3d.proj_transform(columns, rows, heights, axes.get_proj())
+    bases, tops = (axes.transData.transform(np.column_stack(ends)) for ends in (bases, tops))
+    along = tops - bases
+    share = np.clip(((here - bases) * along).sum(1) / np.maximum((along**2).sum(1), 1e-9), 0, 1)
+    far = np.hypot(*(bases + share[:, None] * along - here).T)
+    near = np.flatnonzero(far <= 0.0025 * axes.figure.bbox.width)
+    if not near.size:
+        return None
+    row, column = divmod(int(near[np.argmin(np.asarray(depth)[near])]), len(result.channels) - 1)
+    part = result.x[result.tokens[row]:result.tokens[row + 1], result.channels[column]:result.channels[column + 1]]
+    token, channel = divmod(int(part.argmax()), part.shape[1])
+    return result.tokens[row] + token, result.channels[column] + channel
 
 
 @dataclass(frozen=True)
@@ -101,6 +140,7 @@ class Outliers:
 
     place: tuple
     granularity: str
+    bits: int
     threshold: float | None
     codes: np.ndarray  # |q − z| as a share of the largest, tokens × channels; 0 means that nothing is left
     in_float: np.ndarray  # bool for each channel
@@ -116,7 +156,7 @@ def outliers(places=None, bits=8):
 
     Above, the integer codes of every activation, tokens × channels: white is code 0 (x̂ = 0), orange stays in float.
     Below, the largest and the typical |x| of each channel, and half a step of its grid: what lies below becomes 0.
-    Right, how wrong the layer's output is, for each granularity.
+    Right, how wrong the layer's output is, for each granularity. The line of the threshold can be dragged.
 
     Parameters
     ----------
@@ -184,7 +224,7 @@ def outliers(places=None, bits=8):
         in_float = touched.all(0) if treatment == FLOAT else torch.zeros(x.shape[1], dtype=torch.bool)
         ordinary = (x != 0) & ~touched
         return Outliers(
-            place, granularity, None if treatment == KEEP else threshold,
+            place, granularity, bits, None if treatment == KEEP else threshold,
             codes=((chosen / steps).abs() / (2**bits - 1)).numpy(), in_float=in_float.numpy(),
             half_steps=tuple(half), sqnr_db=float(sqnr_db(x, chosen)), output_error=error,
             to_zero=float((chosen[ordinary] == 0).double().mean()) if ordinary.any() else 0.0,
@@ -207,16 +247,23 @@ def outliers(places=None, bits=8):
         "granularity": widgets.ToggleButtons(options=list(GRANULARITIES), style={"button_width": "72px"}),
         "bits": bits_slider(bits),
         "treatment": widgets.ToggleButtons(options=[KEEP, CLIP, ZERO, FLOAT], style={"button_width": "72px"}),
-        "threshold": widgets.SelectionSlider(options=THRESHOLDS, value=6, description="at |x| ≥", disabled=True,
-                                             layout={"width": "300px"}),
+        "threshold": FloatLogSlider(6, base=2, min=-2, max=12, step=0.125, description="at |x| ≥", disabled=True,
+                                    readout_format=".2f", layout={"width": "370px"},
+                                    style={"description_width": "60px"}),
     }
 
     def couple(name, state):
         return {"threshold": {"disabled": state["treatment"] == KEEP}} if name == "treatment" else {}
 
+    def at_threshold(result):
+        return [(None, result.threshold)] if result.threshold is not None else []
+
     figure, artists = _outliers_figure()
     return Explorer(
         figure, controls, compute, partial(_draw_outliers, artists, places), read, couple=couple,
+        handles=[Handle("the threshold", artists.profile, at_threshold, lambda x, y, start: {"threshold": y})],
+        hover=partial(_under_the_pointer, places), main=("output_error_percent", "%"),
+        ghost=[artists.threshold, artists.least, artists.most, *artists.lines],
         title="Outliers in the activations of a language model",
         description="Above, a heat map of the integer codes, tokens against channels; white cells hold code 0, orange "
         "columns, marked by triangles, stay in float. Below, the largest and the typical magnitude of each channel on "
@@ -225,8 +272,29 @@ def outliers(places=None, bits=8):
     )
 
 
+def _under_the_pointer(places, axes, x, y, result):
+    sizes = places[result.place][0].abs().numpy()
+    heat, _, profile = axes.figure.axes
+    if axes not in (heat, profile):
+        name = list(result.output_error)[int(np.clip(round(y), 0, len(result.output_error) - 1))]
+        mean, worst = result.output_error[name]
+        return f"one scale per {name}\nmean of the tokens: {mean:.3g} %\nworst token: {worst:.3g} %"
+    if axes is heat:
+        token = int(np.clip(y, 0, len(sizes) - 1))
+        channel = channel_at(axes, x, sizes[token])
+        code = f"|q − z| = {round(float(result.codes[token, channel]) * (2**result.bits - 1))}"
+        return (f"channel {channel}, token {token}\n|x| = {sizes[token, channel]:.4g}, "
+                f"{'in float' if result.in_float[channel] else code}")
+    channel = channel_at(axes, x, sizes.max(0))
+    least, most = (half[channel] for half in result.half_steps)
+    half = f"{least:.3g}" if least == most else f"{least:.3g} to {most:.3g}"
+    grid = "in float" if result.in_float[channel] else f"half a step: {half}" if most > 0 else "nothing but 0"
+    column = sizes[:, channel]
+    return f"channel {channel}\nlargest |x|: {column.max():.4g}, median {np.median(column):.3g}\n{grid}"
+
+
 def _outliers_figure():
-    with new_figure(height=520) as figure:
+    with new_figure(height=480) as figure:
         axes = figure.subplot_mosaic("AC;BC", height_ratios=[1, 1.15], width_ratios=[2.7, 1])
         heat, profile, bars = axes["A"], axes["B"], axes["C"]
         heat.set(ylabel="token", title="integer codes |q − z| (white: 0, ▼: in float)", xticks=[])

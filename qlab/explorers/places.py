@@ -1,6 +1,7 @@
 """Places in the language model, as the figures of lessons 05 to 07 take and name them."""
 
 import ipywidgets as widgets
+import numpy as np
 import torch
 
 from qlab import samples
@@ -38,6 +39,13 @@ def _pair(place, x, w):
         raise ValueError(f"places must hold x and w with a product x wᵀ that is finite and not all 0, "
                          f"got one of at most {largest} at {place}")
     return x, w
+
+
+def channel_at(axes, x, sizes):
+    """The channel with the largest of ``sizes`` under a pointer at ``x``: a pixel can hold several."""
+    reach = 0.004 * np.ptp(axes.get_xlim())
+    low, high = (int(np.clip(end, 0, len(sizes) - 1)) for end in (x - reach, x + reach))
+    return low + int(np.argmax(sizes[low:high + 1]))
 
 
 def group_size(x):

@@ -13,7 +13,7 @@ from matplotlib.collections import LineCollection
 
 from qlab import digits, ptq
 from qlab.affine import zero_point_params
-from qlab.live import BLACK, BLUE, SKY, VERMILION, Explorer, new_figure
+from qlab.live import BLACK, BLUE, SKY, VERMILION, Explorer, IntSlider, new_figure
 
 _CALIBRATION_IMAGES = 256
 _PIXELS = 0.0, 1.0  # the range of the first layer's inputs is known, and not left to a calibrator
@@ -153,8 +153,8 @@ def digits_ptq():
     bits = {"min": 2, "max": 8, "style": {"description_width": "100px"}, "layout": {"width": "320px"}}
     toggle = {"style": {"button_width": "100px"}}
     controls = {
-        "weight_bits": widgets.IntSlider(8, description="weight bits", **bits),
-        "activation_bits": widgets.IntSlider(8, description="activation bits", **bits),
+        "weight_bits": IntSlider(8, description="weight bits", **bits),
+        "activation_bits": IntSlider(8, description="activation bits", **bits),
         "calibrator": widgets.Dropdown(options=list(ptq.CALIBRATORS), description="calibrator",
                                        style={"description_width": "70px"}, layout={"width": "190px"}),
         "weights": widgets.ToggleButtons(options=["per tensor", "per channel"], **toggle),
@@ -162,8 +162,24 @@ def digits_ptq():
         "mode": widgets.ToggleButtons(options=["static", "dynamic"], **toggle),
     }
     figure, artists = _digits_figure(images, layers, float_accuracy, (weight_count + bias_count) * _FLOAT_BYTES / 1000)
+    strip, bars, _ = figure.axes
+
+    def hover(axes, x, y, result):
+        if axes is strip:
+            return f"{round(result.accuracy * len(labels) / 100)} of {len(labels)} test images are read right"
+        if axes is bars:
+            name = list(layers)[int(np.clip(round(y), 0, len(layers) - 1))]
+            decibels = f"{result.sqnr_db[name]:.1f} dB".replace("-", "−")
+            return f"{name}, {layers[name].weight.numel()} weights\nSQNR of its output: {decibels}"
+        row, column = int(y // _CELL), int(x // _CELL)
+        i = row * _COLUMNS + column
+        if not (0 <= row < _ROWS and 0 <= column < _COLUMNS and i < len(result.broken)):
+            return ""
+        return "test image {}\nlabel and float: {}, now read as {}".format(*result.broken[i])
+
     return Explorer(
         figure, controls, compute, partial(_draw_digits, artists), read, couple=couple, arrange=_in_two_rows,
+        hover=hover, ghost=[artists.share, artists.ratios], main=("accuracy", "%"),
         title="Fewer bits for a network that reads digits",
         description="Left: a bar for the share of test images read right, with marks for the float network and for "
         "guessing, and below it a bar for the signal-to-noise ratio of each layer's output. Right: pictures of "

@@ -10,14 +10,21 @@ import numpy as np
 from matplotlib.lines import Line2D
 
 from qlab.explorers.parts import bits_slider, paths
-from qlab.live import BLACK, BLUE, GREY, ORANGE, VERMILION, Explorer, new_figure
+from qlab.live import (
+    BLACK,
+    BLUE,
+    GREY,
+    ORANGE,
+    VERMILION,
+    Explorer,
+    FloatLogSlider,
+    FloatSlider,
+    Handle,
+    new_figure,
+)
 
 _REACH = 3.0  # of the staircase's x axis
 LSQ, PACT = "LSQ: learn s", "PACT: learn α"
-_BELOW = {  # label, limits and ticks of the gradient by the learned parameter
-    LSQ: ("∂x̂/∂s", (-250, 250), {-128: "−128", -8: "−8", -0.5: "−½", 0: "0", 0.5: "½", 8: "8", 128: "128"}),
-    PACT: ("∂x̂/∂α", (-0.25, 1.3), {0: "0", 1: "1"}),
-}
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,9 @@ def qat(bits=3):
     LSQ, s is learned: x̂ = s · round(clip(x / s, −Q_N, Q_P)) with Q_P = 2^(b−1) − 1 and Q_N = 2^(b−1), or 127 for
     8 bits. With u = x / s, ∂x̂/∂s = round(u) − u inside the range, −Q_N below and Q_P above it. (`qlab.qat.LSQ`
     trains with a share of it, 1 / √(n · Q_P) for n values that share s.)
+
+    In the picture, the dashed line moves x, the diamond on the first step and the ends of the range s, and in PACT the
+    upper end α.
 
     PACT, α is learned: x̂ = s · round(clip(x, 0, α) / s) with s = α / (2^b − 1). ∂x̂/∂α = 1 where x ≥ α, 0 elsewhere.
 
@@ -85,20 +95,18 @@ def qat(bits=3):
     >>> explorer.readout["x_hat"], explorer.readout["straight_through"], explorer.readout["gradient_by_s"]
     (1.5, 0, 3.0)
     """
-    slider = {"style": {"description_width": "20px"}, "layout": {"width": "220px"}}
+    slider = {"style": {"description_width": "20px"}, "layout": {"width": "330px"}}
     controls = {
         "scheme": widgets.ToggleButtons(options=[LSQ, PACT], style={"button_width": "112px"}),
         "bits": bits_slider(bits),
-        "s": widgets.FloatLogSlider(0.5, base=2, min=-6, max=0, step=0.05, description="s", readout_format=".3f",
-                                    **slider),
-        "alpha": widgets.FloatSlider(2.0, min=0.25, max=_REACH, step=0.01, description="α", disabled=True, **slider),
-        "x": widgets.FloatSlider(0.65, min=-_REACH, max=_REACH, step=0.01, description="x", **slider),
+        "s": FloatLogSlider(0.5, base=2, min=-6, max=0, step=0.05, description="s", readout_format=".3f", **slider),
+        "alpha": FloatSlider(2.0, min=0.25, max=_REACH, step=0.01, description="α", disabled=True, **slider),
+        "x": FloatSlider(0.65, min=-_REACH, max=_REACH, step=0.01, description="x", **slider),
     }
-    controls["bits"].style.description_width, controls["bits"].layout.width = "30px", "180px"
 
     def compute(*, scheme, bits, s, alpha, x):
         lsq = scheme == LSQ
-        qmin, qmax = (-min(2 ** (bits - 1), 127), 2 ** (bits - 1) - 1) if lsq else (0, 2**bits - 1)
+        qmin, qmax = _codes(scheme, bits)
         s = s if lsq else alpha / qmax
         u = x / s
         inside = qmin <= u <= qmax if lsq else 0 <= x < alpha
@@ -125,7 +133,8 @@ def qat(bits=3):
 
     figure, artists = _rounding_figure()
     return Explorer(
-        figure, controls, compute, partial(_draw_rounding, artists), read, couple=couple,
+        figure, controls, compute, partial(_draw_rounding, artists), read, couple=couple, handles=_handles(figure),
+        ghost=[artists.stairs, artists.estimate, artists.by_parameter, *artists.here], main=("x_hat", "units of x"),
         title="A gradient through rounding",
         description="Above: the quantized value against the value, a staircase with flat ends. In the middle: its "
         "derivative, 0 between the jumps, and the straight-through estimator, 1 inside the range. Below: the "
@@ -133,8 +142,32 @@ def qat(bits=3):
     )
 
 
+def _handles(figure):
+    def ends(result):
+        return [(end, None) for end in result.ends] if result.scheme == LSQ else [(result.ends[1], None)]
+
+    def move_end(x, y, start):
+        if start.values["scheme"] == PACT:
+            return {"alpha": x}
+        bits = start.values["bits"]
+        return {"s": x / _codes(LSQ, bits)[start.mark]}
+
+    def first_step(result):
+        return [(result.s, result.s)] if result.scheme == LSQ else []
+
+    above, *_ = figure.axes
+    return [Handle("s, the step", above, first_step, lambda x, y, start: {"s": (x + y) / 2}),
+            *(Handle("x", axes, lambda result: (result.x, None), lambda x, y, start: {"x": x}) for axes in figure.axes),
+            *(Handle("the end of the range", axes, ends, move_end) for axes in figure.axes)]
+
+
+def _codes(scheme, bits):
+    """q_min and q_max."""
+    return (-min(2 ** (bits - 1), 127), 2 ** (bits - 1) - 1) if scheme == LSQ else (0, 2**bits - 1)
+
+
 def _rounding_figure():
-    with new_figure(1000, 510) as figure:
+    with new_figure(1000, 490) as figure:
         above, middle, below = figure.subplots(3, 1, sharex=True, height_ratios=[1.8, 0.6, 1.3])
         moving = {"animated": True, "scalex": False, "scaley": False}
         ends = [axes.axvspan(0, 0, color=GREY, alpha=0.22, lw=0, animated=True)
@@ -150,6 +183,7 @@ def _rounding_figure():
         below.set(xlabel="x (shaded: outside the range)")
         below.axhline(0, color=BLACK, lw=0.8)
         by_parameter = below.plot([], [], color=ORANGE, **moving)[0]
+        first_step = above.plot([], [], "D", color=BLUE, mfc="white", mew=2, ms=8, zorder=4, **moving)[0]
         here = [axes.axvline(0, color=BLACK, lw=1.4, ls="--", animated=True) for axes in (above, middle, below)]
         look = {"ls": "", "marker": "o", "ms": 10, "zorder": 5, "clip_on": False}
         dots = [axes.plot([], [], color=color, **look, **moving)[0]
@@ -159,15 +193,21 @@ def _rounding_figure():
                       loc="lower left", bbox_to_anchor=(0, 0.97), frameon=False, borderaxespad=0)
         for axes in (above, middle):
             axes.get_legend().set_animated(False)
+        for axes in (above, middle, below):
+            axes.yaxis.set_label_coords(-0.06, 0.5)  # beyond the longest tick, −127
     return figure, SimpleNamespace(ends=ends, stairs=stairs, jumps=jumps, true=true, estimate=estimate, below=below,
-                                   by_parameter=by_parameter, here=here, dots=dots, scheme=None)
+                                   by_parameter=by_parameter, first_step=first_step, here=here, dots=dots, codes=None)
 
 
 def _draw_rounding(artists, result):
-    if result.scheme != artists.scheme:  # a new background
-        artists.scheme = result.scheme
-        label, limits, ticks = _BELOW[result.scheme]
-        artists.below.set(ylabel=label, ylim=limits)
+    if (result.scheme, result.qmax) != artists.codes:  # a new background
+        artists.codes = result.scheme, result.qmax
+        if result.scheme == LSQ:
+            ticks = {result.qmin: f"−{-result.qmin}", -0.5: "−½", 0: "0", 0.5: "½", result.qmax: f"{result.qmax}"}
+            artists.below.set(ylabel="∂x̂/∂s", ylim=(1.6 * result.qmin, -1.6 * result.qmin))
+        else:
+            ticks = {0: "0", 1: "1"}
+            artists.below.set(ylabel="∂x̂/∂α", ylim=(-0.25, 1.3))
         artists.below.set_yticks(list(ticks), list(ticks.values()))
     alpha, beta = result.ends
     codes = np.arange(result.qmin, result.qmax + 1)
@@ -187,6 +227,7 @@ def _draw_rounding(artists, result):
     for i, span in enumerate(artists.ends):
         left, right = ((-_REACH, alpha), (beta, _REACH))[i % 2]
         span.set_bounds(left, 0, max(right - left, 0), 1)
+    artists.first_step.set_data(*([[result.s]] * 2 if result.scheme == LSQ else [[], []]))
     heights = result.x_hat, float(result.inside), result.by_parameter
     for line, dot, height in zip(artists.here, artists.dots, heights, strict=True):
         line.set_xdata([result.x, result.x])

@@ -10,8 +10,8 @@ import torch
 
 from qlab.affine import absmax_params, fake_quantize
 from qlab.explorers.parts import bits_slider
-from qlab.explorers.places import checked_places, place_control
-from qlab.live import BLACK, GREY, ORANGE, VERMILION, Explorer, new_figure
+from qlab.explorers.places import channel_at, checked_places, place_control
+from qlab.live import BLACK, GREY, ORANGE, VERMILION, Explorer, FloatSlider, Handle, new_figure
 from qlab.smoothquant import smoothing_scales
 
 OFF, RIGHT, PRINTED = "off", "X / s, W · s", "X · s, W / s (slides)"
@@ -39,7 +39,7 @@ def smoothing(places=None, bits=8):
 
     Left, the largest |X| and the largest |W| of each channel, before (grey) and after. Right, the error of the output
     Y = X Wᵀ against α, once a direction is chosen; activations and weights are both quantized (absmax). Without
-    quantization Y is the same for every α.
+    quantization Y is the same for every α. The dot on the curve can be dragged.
 
     Parameters
     ----------
@@ -110,8 +110,8 @@ def smoothing(places=None, bits=8):
     controls = {
         "place": place_control(places),
         "direction": widgets.ToggleButtons(options=[OFF, RIGHT, PRINTED], style={"button_width": "160px"}),
-        "alpha": widgets.FloatSlider(0.5, min=0, max=1, step=0.05, description="α", disabled=True,
-                                     layout={"width": "300px"}),
+        "alpha": FloatSlider(0.5, min=0, max=1, step=0.05, description="α", disabled=True, layout={"width": "330px"},
+                             style={"description_width": "20px"}),
         "per": widgets.ToggleButtons(options=[TENSOR, VECTOR], style={"button_width": "110px"}),
         "bits": bits_slider(bits),
     }
@@ -119,9 +119,23 @@ def smoothing(places=None, bits=8):
     def couple(name, state):
         return {"alpha": {"disabled": state["direction"] == OFF}} if name == "direction" else {}
 
+    def dot(result):
+        return [(result.alpha, np.clip(result.now, _LEAST, _MOST))] if result.direction != OFF else []
+
+    def hover(axes, x, y, result):
+        before = [peak.numpy() for peak in peaks[result.place]]
+        if axes not in artists.panels:
+            return ""
+        channel = channel_at(axes, x, before[artists.panels.index(axes)])
+        rows = zip("XW", before, (result.x_absmax, result.w_absmax), strict=True)
+        return "\n".join([f"channel {channel}", *(f"largest |{name}|: {was[channel]:.4g}" + (
+            f" → {now[channel]:.4g}" if result.direction != OFF else "") for name, was, now in rows)])
+
     figure, artists = _figure()
     return Explorer(
-        figure, controls, compute, partial(_draw, artists, peaks), read, couple=couple,
+        figure, controls, compute, partial(_draw, artists, peaks), read, couple=couple, hover=hover,
+        handles=[Handle("α", artists.dot.axes, dot, lambda x, y, start: {"alpha": x}, radius=16)],
+        ghost=[*artists.after, artists.line, artists.dot], main=("output_error_percent", "%"),
         title="SmoothQuant on one layer",
         description="Left, above, the largest activation of each channel, and below, the largest weight that it meets, "
         "before and after smoothing, on logarithmic axes. Right, the error of the layer's output against alpha, with a "
@@ -130,7 +144,7 @@ def smoothing(places=None, bits=8):
 
 
 def _figure():
-    with new_figure(height=490) as figure:
+    with new_figure(height=470) as figure:
         axes = figure.subplot_mosaic("XE;WE", width_ratios=[1.5, 1])
         x, w, curve = axes["X"], axes["W"], axes["E"]
         x.set(title="largest |X| of each channel", yscale="log", xticks=[])

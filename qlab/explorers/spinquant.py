@@ -11,9 +11,22 @@ import torch
 
 from qlab.affine import QParams, absmax_params, dequantize, fake_quantize, real_array
 from qlab.explorers.parts import bits_slider, paths
-from qlab.explorers.places import checked_places, place_control, place_name
+from qlab.explorers.places import channel_at, checked_places, place_control, place_name
 from qlab.explorers.watching import Watching
-from qlab.live import BLACK, BLUE, GREEN, GREY, ON_GREY, ORANGE, VERMILION, Explorer, new_figure
+from qlab.live import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ON_GREY,
+    ORANGE,
+    VERMILION,
+    Explorer,
+    FloatSlider,
+    Handle,
+    IntSlider,
+    new_figure,
+)
 from qlab.outliers import kurtosis, params_of
 from qlab.spinquant import _check_orthogonal, fast_hadamard, random_hadamard, random_orthogonal
 
@@ -47,7 +60,8 @@ def rotation_2d():
     Left, tokens of two channels in the rotated coordinates, x R, with the levels of one absmax grid for both channels
     (up to 6 bits) and the square |x R| ≤ max. Middle, the same tokens and levels turned back by Rᵀ: the tokens are
     where they were, and the grid stands at an angle. Right, once a control has been moved, the error, max |x R| and the
-    kurtosis at all angles, as multiples of what they are without rotation.
+    kurtosis at all angles, as multiples of what they are without rotation. The cloud on the left, the grid in the
+    middle and the line on the right are turned and moved by hand.
 
     Returns
     -------
@@ -99,20 +113,36 @@ def rotation_2d():
 
     start = (0, 4, ONE_AXIS)
     controls = {
-        "theta": widgets.FloatSlider(start[0], min=0, max=90, step=1, description="θ (degrees)", readout_format=".0f",
-                                     layout={"width": "380px"}),
+        "theta": FloatSlider(start[0], min=0, max=90, step=1, description="θ (degrees)", readout_format=".0f",
+                             layout={"width": "380px"}, style={"description_width": "90px"}),
         "bits": bits_slider(start[1]),
         "outlier": widgets.ToggleButtons(options=[NO_AXIS, ONE_AXIS, DIAGONAL], value=start[2],
                                          style={"button_width": "96px"}),
     }
     figure, artists = _figure_2d(1.12 * max(np.linalg.norm(x, axis=1).max() for x in clouds.values()))
+    turned, back, over_angle = figure.axes
     return Explorer(
-        figure, controls, compute, partial(_draw_2d, artists), read, chips={"best θ": best},
+        figure, controls, compute, partial(_draw_2d, artists), read, chips={"best θ": best}, handles=[
+            Handle("the cloud", turned, _whole, partial(_turned_by_hand, 1)),
+            Handle("the grid", back, _whole, partial(_turned_by_hand, -1)),
+            Handle("θ", over_angle, lambda result: (result.theta, None), lambda x, y, start: {"theta": x}),
+        ],
+        ghost=[artists.panels[0].tokens, artists.panels[1].square, artists.now, artists.marker],
+        main=("error_percent", "%"),
         title="A rotation in front of the quantizer, in two dimensions",
         description="Left, a cloud of tokens turned by the angle θ over the square grid of the quantizer, which "
         "reaches the largest coordinate. Middle, both turned back: the cloud as it was, the grid at an angle. Right, "
         "curves over the angle of the error, the largest magnitude and the kurtosis, relative to no rotation.",
     )
+
+
+def _whole(result):
+    return (-1e3, 1e3), (-1e3, 1e3)
+
+
+def _turned_by_hand(direction, x, y, start):
+    turn = math.degrees(math.atan2(y, x) - math.atan2(start.y, start.x))
+    return {"theta": start.values["theta"] + direction * ((turn + 180) % 360 - 180)}
 
 
 def _clouds():
@@ -311,8 +341,8 @@ def rotation(places=None, bits=4, rotations=None):
     controls = {
         "place": place_control(places),
         "rotate": widgets.ToggleButtons(options=names, style={"button_width": "auto"}),
-        "seed": widgets.IntSlider(0, min=0, max=9, description="seed", disabled=True, layout={"width": "240px"},
-                                  style={"description_width": "40px"}),
+        "seed": IntSlider(0, min=0, max=9, description="seed", disabled=True, layout={"width": "240px"},
+                          style={"description_width": "40px"}),
         "bits": bits_slider(bits),
         "granularity": widgets.ToggleButtons(options=["tensor", "token"], value="token",
                                              style={"button_width": "72px"}),
@@ -326,6 +356,8 @@ def rotation(places=None, bits=4, rotations=None):
     before = {place: turned(place, NONE, 0) for place in places}
     return Explorer(
         figure, controls, compute, partial(_draw_rotation, artists, before, scales), read, couple=couple,
+        hover=partial(_under_the_pointer, before),
+        ghost=[artists.after, artists.counts, *artists.halves], main=("output_error_percent", "%"),
         title="Rotations of the activations of a language model",
         description="Left, the largest magnitude of each channel on a logarithmic axis, before a rotation as grey bars "
         "and after it as dots. Middle, how many values have which magnitude, before as a grey area and after as a "
@@ -366,7 +398,7 @@ def _fitting(name, matrix, channels):
 
 
 def _rotation_figure(names):
-    with new_figure(height=480) as figure:
+    with new_figure(height=460) as figure:
         profile, histogram, bars = figure.subplots(1, 3, width_ratios=[1.7, 1, 1.25])
         moving = {"animated": True, "scalex": False, "scaley": False}
         profile.set(xlabel="channel", ylabel="|x|", yscale="log", title="largest in each channel")
@@ -391,6 +423,18 @@ def _rotation_figure(names):
     return figure, SimpleNamespace(
         place=None, names=names, profile=profile, histogram=histogram, before=before, after=after, halves=halves,
         counts_before=counts_before, counts=counts, lines=lines, worst=worst, texts=texts)
+
+
+def _under_the_pointer(before, axes, x, y, result):
+    profile, _, bars = axes.figure.axes
+    if axes is profile:
+        old, now = before[result.place].largest, result.turned.largest
+        channel = channel_at(axes, x, np.maximum(old, now))
+        after = f" → {now[channel]:.4g}" if result.rotate != NONE else ""
+        return f"channel {channel}\nlargest |x|: {old[channel]:.4g}{after}"
+    known = dict(enumerate(result.output_error.items()))
+    name, error = known.get(round(y), ("", None)) if axes is bars else ("", None)
+    return f"{name}\nmean of the tokens: {error[0]:.3g} %\nworst token: {error[1]:.3g} %" if error else ""
 
 
 def _draw_rotation(artists, before, scales, result):

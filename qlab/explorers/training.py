@@ -12,7 +12,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.lines import Line2D
 
 from qlab.explorers.watching import LEAST, Watching, check_record
-from qlab.live import BLACK, BLUE, GREY, ORANGE, Explorer, new_figure
+from qlab.live import BLACK, BLUE, GREY, ORANGE, Explorer, Handle, IntSlider, new_figure
 
 _PLAY_FRAMES, _PLAY_MILLISECONDS = 80, 100
 
@@ -38,8 +38,8 @@ class Run:
 def training_run(history):
     """Replay a training: drag its step, or press play.
 
-    Left, the loss of each mini-batch and the accuracy, with a marker at the present step. Right, the range of each
-    layer at that step, over the one that it began with.
+    Left, the loss of each mini-batch and the accuracy, with a line at the present step, to be dragged. Right, the range
+    of each layer at that step, over the one that it began with.
 
     Parameters
     ----------
@@ -82,15 +82,19 @@ def training_run(history):
         check_record(record, history[:i])
     curves = _curves(history)
     first, last = history[0]["step"], history[-1]["step"]
-    slider = widgets.IntSlider(last, min=first, max=last, description="step", style={"description_width": "36px"},
-                               layout={"width": "600px"})
+    slider = IntSlider(last, min=first, max=last, description="step", style={"description_width": "36px"},
+                       layout={"width": "600px"})
     play = widgets.Play(value=last, min=first, max=last, step=max(1, (last - first) // _PLAY_FRAMES),
                         interval=_PLAY_MILLISECONDS)
     widgets.jslink((play, "value"), (slider, "value"))
     figure, artists = _run_figure(list(curves.first_ranges), first, last)
     return Explorer(
         figure, {"step": slider}, lambda step: Run(curves, _latest(history, step)), partial(_draw_run, artists),
-        _read_run, arrange=lambda controls, chips: widgets.HBox([play, slider]), **_RUN_WORDS,
+        _read_run, arrange=lambda controls, chips: widgets.HBox([play, slider]),
+        handles=[Handle("the step", line.axes, lambda run: (run.now["step"], None), lambda x, y, start: {"step": x})
+                 for line in artists.here],
+        ghost=[*artists.here, *artists.dots, artists.bars[1]],
+        main=("accuracy", "%") if "accuracy" in history[0] else None, **_RUN_WORDS,
     )
 
 
