@@ -133,7 +133,7 @@ def mapping(x=SEVEN, bits=8):
     name = ", ".join(f"{v:.6g}" for v in given.x) if given.x.size <= _MOST_THREADS else f"{given.x.size:,} values"
     values_of = lru_cache(lambda text: given if text == name else _values(_numbers(text)))
 
-    slider = {"readout_format": ".4g", "style": {"description_width": "18px"}, "layout": {"width": "300px"}}
+    slider = {"readout_format": ".4g", "style": {"description_width": "18px"}, "layout": {"width": "400px"}}
     controls = {
         "data": widgets.Text(name, description="data", continuous_update=False, style={"description_width": "34px"},
                              layout={"width": "480px"}),
@@ -212,8 +212,10 @@ def mapping(x=SEVEN, bits=8):
 
     def arrange(controls, chips):
         row = {"flex_flow": "row wrap", "align_items": "center"}
-        data, *others = controls.values()
-        return widgets.VBox([widgets.HBox([data, *chips.values()], layout=row), widgets.HBox(others, layout=row)])
+        rows = [("data",), ("scheme", "bits", "narrow"), ("alpha", "beta")]
+        parts = [[controls[name] for name in names] for names in rows]
+        parts[0] += chips.values()
+        return widgets.VBox([widgets.HBox(part, layout=row) for part in parts])
 
     figure, artists = _mapping_figure()
     return Explorer(

@@ -62,13 +62,13 @@ def put(name, setting):
 
 
 def has_no_range(explorer, control, value):
-    """Where no hand gets to: α ≥ β."""
+    """Where no hand gets to: α less than a step below β."""
     if control not in ("alpha", "beta"):
         return False
     if "linked" in explorer.controls and explorer.controls["linked"].value:
         return value == 0
     alpha, beta = (value if name == control else explorer.controls[name].value for name in ("alpha", "beta"))
-    return alpha >= beta
+    return alpha > beta - explorer.controls["alpha"].step
 
 
 def clipping_directly(x, alpha, beta, bits, linked):
