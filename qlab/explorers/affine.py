@@ -133,7 +133,7 @@ def mapping(x=SEVEN, bits=8):
     name = ", ".join(f"{v:.6g}" for v in given.x) if given.x.size <= _MOST_THREADS else f"{given.x.size:,} values"
     values_of = lru_cache(lambda text: given if text == name else _values(_numbers(text)))
 
-    slider = {"readout_format": ".4g", "style": {"description_width": "18px"}, "layout": {"width": "300px"}}
+    slider = {"readout_format": ".4g", "style": {"description_width": "18px"}, "layout": {"width": "400px"}}
     controls = {
         "data": widgets.Text(name, description="data", continuous_update=False, style={"description_width": "34px"},
                              layout={"width": "480px"}),
@@ -212,8 +212,10 @@ def mapping(x=SEVEN, bits=8):
 
     def arrange(controls, chips):
         row = {"flex_flow": "row wrap", "align_items": "center"}
-        data, *others = controls.values()
-        return widgets.VBox([widgets.HBox([data, *chips.values()], layout=row), widgets.HBox(others, layout=row)])
+        rows = [("data",), ("scheme", "bits", "narrow"), ("alpha", "beta")]
+        parts = [[controls[name] for name in names] for names in rows]
+        parts[0] += chips.values()
+        return widgets.VBox([widgets.HBox(part, layout=row) for part in parts])
 
     figure, artists = _mapping_figure()
     return Explorer(
@@ -430,6 +432,10 @@ def _signed(code):
 class Granularity:
     """What `granularity` shows for one position of its controls."""
 
+    per: str
+    size: int  # how many neighbours share a scale
+    bits: int
+    scheme: str
     scales: int
     bits_per_weight: float
     sqnr_db: float
@@ -442,11 +448,12 @@ class Granularity:
 def granularity(w, bits=4):
     """Explore what it gains, and costs, to give fewer weights a scale of their own.
 
-    Left, the error of the quantized matrix as colours: RMS over patches of 16 weights of a row (of one weight in
-    narrow matrices, of several rows in tall ones). Middle, the RMS error of each row, and about what it would be with a
-    scale of its own: rows with small weights suffer from the one with the largest. Both are in steps of the absmax grid
-    of the whole tensor at the present bits, so that one range of colours serves all settings. Right, the
-    signal-to-noise ratio against what a weight costs, for 2 to 8 bits.
+    Left, the error of the quantized matrix as colours: RMS, the root of the mean square, over patches of 16 weights of
+    a row (of one weight in narrow matrices, of several rows in tall ones). Middle, the RMS error of each row, and about
+    what it would be with a scale of its own: rows with small weights suffer from the one with the largest. Both are in
+    steps of the absmax grid of the whole tensor at the present bits, so that one range of colours serves all settings;
+    the middle axis is the key to the colours. Right, the signal-to-noise ratio against what a weight costs, for 2 to 8
+    bits. Under the pointer, left and middle, stand the numbers of the weights that share a scale there.
 
     Parameters
     ----------
@@ -483,7 +490,8 @@ def granularity(w, bits=4):
     if w.ndim != 2:
         raise ValueError(f"w must have two dimensions (output channels, input channels), got shape {w.shape}")
     row_peaks = np.abs(w).max(axis=1)
-    w = w[np.argsort(-row_peaks, kind="stable")]
+    order = np.argsort(-row_peaks, kind="stable")
+    w = w[order]
     peak = float(row_peaks.max())
     if not _PEAKS[0] <= peak <= _PEAKS[1]:
         raise ValueError(f"the largest |w| must be from {_PEAKS[0]:g} to {_PEAKS[1]:g}, got {peak:g}")
@@ -512,8 +520,9 @@ def granularity(w, bits=4):
         squares = quantized(sizes[per], bits, scheme)
         step = absmax_params(ends(w.size), bits).scale
         return Granularity(
-            w.size // sizes[per], *bits_and_db(sizes[per], bits, scheme), mse=float(squares.mean()),
-            patches=np.sqrt(_patch_means(squares)) / step, rows=np.sqrt(squares.mean(axis=1)) / step,
+            per, sizes[per], bits, scheme, w.size // sizes[per], *bits_and_db(sizes[per], bits, scheme),
+            mse=float(squares.mean()), patches=np.sqrt(_patch_means(squares)) / step,
+            rows=np.sqrt(squares.mean(axis=1)) / step,
             curves={per: np.transpose([bits_and_db(size, b, scheme) for b in BITS]) for per, size in sizes.items()},
         )
 
@@ -538,9 +547,26 @@ def granularity(w, bits=4):
     def couple(name, state):
         return {"group_size": {"disabled": state["per"] != "group"}} if name == "per" else {}
 
+    def hover(axes, x, y, result):
+        row, column = int(np.clip(y, 0, w.shape[0] - 1)), int(np.clip(x, 0, w.shape[1] - 1))
+        if axes is artists.right:
+            return ""
+        size = w.shape[1] if axes is artists.middle else min(result.size, w.shape[1])
+        start = column // size * size if size < w.shape[1] else 0
+        some = w[row, start:start + size]
+        shares = ends(result.size)[(row * w.shape[1] + start) // result.size]
+        params = (absmax_params if result.scheme == ABSMAX else zero_point_params)(shares, result.bits)
+        rms = np.sqrt(np.mean(np.square(some - fake_quantize(some, params), dtype=np.float64)))
+        where = f", inputs {start}–{start + size - 1}" if size < w.shape[1] else ""
+        step = absmax_params(ends(w.size), result.bits).scale
+        return (f"output channel {order[row]}{where}\n"
+                f"largest |w| {np.abs(some).max():.4g}, scale {params.scale:.4g}\n"
+                f"RMS error {rms / step:.3f} steps of the per-tensor grid")
+
     figure, artists = _granularity_figure(w, sizes[0])
     return Explorer(
-        figure, controls, compute, partial(_draw_granularity, artists), read, couple=couple,
+        figure, controls, compute, partial(_draw_granularity, artists), read, couple=couple, hover=hover,
+        ghost=[artists.error, artists.ring], main=("sqnr_db", "dB"),
         title=f"Scales for {w.shape[0]:,} × {w.shape[1]:,} weights",
         description="Left: a heat map of the error, output channels against input channels. Middle: the error of each "
         "output channel beside what a scale of its own would give. Right: signal-to-noise ratio against bits for each "
@@ -568,7 +594,8 @@ def _granularity_figure(w, shortest):
                  yticks=[])
         image = left.imshow(np.zeros((1, 1, 4), np.uint8), extent=(0, columns, rows, 0), aspect="auto",
                             interpolation="nearest", animated=True)
-        middle.set(xlim=(0, _WORST), ylim=(rows, 0), yticks=[], xlabel="RMS error (steps of the\nper-tensor grid)")
+        middle.set(xlim=(0, _WORST), ylim=(rows, 0), yticks=[],
+                   xlabel="RMS error √mean(e²), in steps of\nthe per-tensor grid; also the colours")
         own_scale = _UNIFORM * np.abs(w).max(axis=1) / np.abs(w).max()
         grey = middle.fill_betweenx(np.arange(rows) + 0.5, 0, own_scale, fc=(GREY, 0.4), ec=GREY, lw=1)
         error = middle.plot(own_scale, np.arange(rows) + 0.5, color=ORANGE, animated=True)[0]
@@ -586,7 +613,7 @@ def _granularity_figure(w, shortest):
         right.legend([Line2D([], [], color=color, marker=marker) for color, marker in _LOOKS.values()], list(_LOOKS),
                      loc="upper left")
         ring = right.plot([], [], "o", ms=17, mfc="none", mew=3, color=ORANGE, animated=True)[0]
-    return figure, SimpleNamespace(image=image, error=error, curves=curves, ring=ring)
+    return figure, SimpleNamespace(middle=middle, right=right, image=image, error=error, curves=curves, ring=ring)
 
 
 def _draw_granularity(artists, result):

@@ -290,7 +290,8 @@ def drift(calibrated_on, new, bits=8):
 
     The range comes from ``calibrated_on``, widened to hold 0, and stays. The data that arrives is ``new``, multiplied
     by a gain. Above, its histogram and the static range; below, the signal-to-noise ratio against the gain, with the
-    static range and with a range measured anew (dynamic).
+    static range and with a range measured anew (dynamic). The data, above, is taken and stretched; so is the gain,
+    below.
 
     Parameters
     ----------
@@ -363,8 +364,20 @@ def drift(calibrated_on, new, bits=8):
         "data": widgets.ToggleButtons(options=["new", "calibration"], style={"button_width": "100px"}),
     }
     figure, artists = _drift_figure(profiles, gains, edges)
+
+    def beside_zero(result):
+        return [((edges[0], -limit / 8), None), ((limit / 8, edges[-1]), None)]
+
+    def stretch(x, y, start):
+        return {"gain": start.values["gain"] * max(x / start.x, 0.0)}
+
     return Explorer(
         figure, controls, compute, partial(_draw_drift, artists), read,
+        handles=[
+            Handle("the data, times the gain", artists.above, beside_zero, stretch),
+            Handle("the gain", artists.below, lambda result: (result.gain, None), lambda x, y, start: {"gain": x}),
+        ],
+        ghost=[artists.dot, artists.here], main=("static_sqnr_db", "dB"),
         title="A static range meets new data",
         description="Above: histogram of the data that arrives, the calibrated range, and what falls outside of it. "
         "Below: signal-to-noise ratio against the gain of the data, with the static range and with a dynamic one.",
@@ -386,11 +399,12 @@ def _drift_figure(profiles, gains, edges):
         below.minorticks_off()
         static = below.plot(gains, gains, color=VERMILION, animated=True)[0]
         dynamic = below.plot(gains[[0, -1]], [0, 0], color=BLUE, ls="--", animated=True)[0]
+        here = below.axvline(1, color=BLACK, lw=1.6, ls="--", animated=True)
         dot = below.plot([1], [1], "o", ms=11, color=BLACK, animated=True)[0]
         below.legend([Line2D([], [], color=VERMILION), Line2D([], [], color=BLUE, ls="--")],
-                     ["static range", "dynamic range"], loc="upper left", ncols=2)
-    return figure, SimpleNamespace(edges=edges, histogram=histogram, tails=tails, line=line, static=static,
-                                   dynamic=dynamic, dot=dot)
+                     ["static range", "dynamic range"], **_OVER)
+    return figure, SimpleNamespace(above=above, below=below, edges=edges, histogram=histogram, tails=tails, line=line,
+                                   static=static, dynamic=dynamic, here=here, dot=dot)
 
 
 def _draw_drift(artists, result):
@@ -401,6 +415,7 @@ def _draw_drift(artists, result):
     artists.line.set_xdata([result.alpha, result.alpha, np.nan, result.beta, result.beta])
     artists.static.set_ydata(result.static_curve)
     artists.dynamic.set_ydata([result.dynamic_db] * 2)
+    artists.here.set_xdata([result.gain] * 2)
     artists.dot.set_data([result.gain], [result.static_db])
 
 

@@ -5,8 +5,8 @@ from functools import partial
 import numpy as np
 import pytest
 
-from qlab import samples
-from qlab.explorers import clipping, float_bits, mapping
+from qlab import affine, samples
+from qlab.explorers import clipping, drift, float_bits, granularity, mapping
 from qlab.explorers.affine import SEVEN
 from qlab.floats import decode
 from tests.explorers.checks import assert_sound, values
@@ -261,3 +261,46 @@ def test_all_digits_of_neighbours():
     assert set(shown[3:]) == {"← 0.0625 →"}
     explorer.set(format="FP64")
     assert all(len(text.get_text()) < 25 for text in explorer.figure.axes[1].texts)
+
+
+@pytest.fixture(scope="module")
+def drifting():
+    return drift(ACTIVATIONS, samples.load("new_activations"))
+
+
+@pytest.mark.parametrize("name, mark, start, stops, gain", [
+    ("the gain", 0, (1.0, 20), (3.0, 2.0), 2.0), ("the gain", 0, (1.0, 20), (0.01,), 0.25),
+    ("the data, times the gain", 1, (1.0, 20), (0.2, 1.5), 1.5),
+    ("the data, times the gain", 0, (-1.0, 20), (-0.5,), 0.5),
+    ("the data, times the gain", 1, (1.0, 20), (-3.0,), 0.25),
+])
+def test_the_gain(drifting, name, mark, *, start, stops, gain):
+    drifting.reset()
+    drag(drifting, name, *((stop, 20) for stop in stops), mark=mark, start=start)
+    assert values(drifting)["gain"] == pytest.approx(gain, rel=0.02)
+    assert drifting.readout["gain"] == values(drifting)["gain"]
+    assert (drifting.readout["alpha"], drifting.readout["beta"]) == (ACTIVATIONS.min(), ACTIVATIONS.max())
+
+
+@pytest.mark.parametrize("scheme", ["absmax", "zero-point"])
+@pytest.mark.parametrize("per", ["tensor", "channel", "group"])
+def test_what_shares_a_scale_under_the_pointer(per, scheme):
+    w = np.random.default_rng(0).standard_normal((6, 64)) * np.arange(1, 7)[:, None]
+    explorer = granularity(w, bits=3)
+    explorer.set(per=per, scheme=scheme, group_size=16)
+    order = np.argsort(-np.abs(w).max(axis=1))
+    shares = {"tensor": w, "channel": w[order[2]], "group": w[order[2], 32:48]}[per]
+    make = affine.absmax_params if scheme == "absmax" else affine.zero_point_params
+    params, tensor = make(shares, 3), affine.absmax_params(w, 3)
+    some = shares if per == "group" else w[order[2]]
+    rms = np.sqrt(affine.mse(some, affine.fake_quantize(some, params)))
+    where = ", inputs 32–47" if per == "group" else ""
+    explorer._picture.pointer = {"hover": share(explorer, explorer.figure.axes[0], 40.5, 2.5)}
+    assert explorer._picture.tip.splitlines() == [
+        f"output channel {order[2]}{where}", f"largest |w| {np.abs(some).max():.4g}, scale {params.scale:.4g}",
+        f"RMS error {rms / tensor.scale:.3f} steps of the per-tensor grid",
+    ]
+    explorer._picture.pointer = {"hover": share(explorer, explorer.figure.axes[1], 0.1, 2.5)}
+    assert explorer._picture.tip.startswith(f"output channel {order[2]}\nlargest")
+    explorer._picture.pointer = {"hover": share(explorer, explorer.figure.axes[2], 4, 20)}
+    assert not explorer._picture.tip
