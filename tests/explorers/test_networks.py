@@ -84,7 +84,7 @@ def texts(axes, visible=True):
 
 @pytest.mark.parametrize("name, setting, control", CONTROLS)
 def test_a_control_over_its_whole_range(name, setting, control):
-    pictures = pictures_along(put(name, setting), control, redrawn=["scheme"])
+    pictures = pictures_along(put(name, setting), control, redrawn=["scheme", "bits"])
     assert len(set(pictures)) == len(pictures)
 
 
