@@ -511,7 +511,7 @@ class Explorer:
 
     def _change(self, name):
         """How the main number has changed since a hand took hold."""
-        if not self._before or not self._main or name != self._main[0] or name in self._hidden:
+        if not self._main or name != self._main[0] or name not in (self._before or ()) or name in self._hidden:
             return ""
         change = f"{self.readout[name] - self._before[name]:+.3g}".replace("-", "−")
         return f" ({change} {html.escape(self._main[1])})"

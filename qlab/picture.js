@@ -20,7 +20,7 @@ function render({ model, el }) {
     }
     if (numbers.innerHTML_ !== model.get("numbers")) numbers.innerHTML = numbers.innerHTML_ = model.get("numbers");
     const grips = model.get("grips");
-    while (frame.querySelectorAll(".qlab-grip").length > grips.length) frame.querySelector(".qlab-grip:last-of-type").remove();
+    while (frame.querySelectorAll(".qlab-grip").length > grips.length) [...frame.querySelectorAll(".qlab-grip")].at(-1).remove();
     const shown = [...frame.querySelectorAll(".qlab-grip")];
     grips.forEach((grip, i) => {
       if (!shown[i]) {

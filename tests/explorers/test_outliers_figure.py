@@ -11,7 +11,7 @@ from torch import nn
 
 from qlab import samples
 from qlab.explorers import landscape, outliers, outliers_figure
-from qlab.explorers.outliers_figure import CLIP, FLOAT, KEEP, THRESHOLDS, ZERO
+from qlab.explorers.outliers_figure import CLIP, FLOAT, KEEP, ZERO
 from qlab.live import GREY, VERMILION
 from qlab.outliers import GRANULARITIES
 from tests.explorers.checks import (
@@ -30,6 +30,7 @@ from tests.explorers.checks import (
     without_pixels,
 )
 
+THRESHOLDS = (2.0 ** np.linspace(-2, 12, 16)).tolist()
 PRODUCTS = samples.products()
 PLACES = list(PRODUCTS)
 TREATMENTS = (KEEP, CLIP, ZERO, FLOAT)
@@ -370,7 +371,7 @@ def test_data_is_left_alone_and_may_change_later(kind):
     assert explorer.readout == before
 
 
-@pytest.mark.parametrize("control, value", [("granularity", "row"), ("threshold", 5), ("treatment", "drop"),
+@pytest.mark.parametrize("control, value", [("granularity", "row"), ("threshold", 5000), ("treatment", "drop"),
                                             ("bits", 9)])
 def test_a_bad_setting_is_told(control, value):
     assert_refuses(put("outliers", {}), control, value)

@@ -22,7 +22,7 @@ shared, put = figures(MAKERS, START)
 
 @pytest.mark.parametrize("setting, control", CONTROLS)
 def test_a_control_over_its_whole_range(setting, control):
-    pictures = pictures_along(put("qat", setting), control, redrawn=["scheme"])
+    pictures = pictures_along(put("qat", setting), control, redrawn=["scheme", "bits"])
     assert len(set(pictures)) == len(pictures)
 
 
