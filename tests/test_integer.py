@@ -266,9 +266,11 @@ def onnx_run(op, *inputs, **attributes):
 def test_accumulate_equals_matmul_integer(dtype):
     rng = np.random.default_rng(0)
     limits = np.iinfo(dtype).min, np.iinfo(dtype).max + 1
+    most = 127 if dtype == np.int8 else 63  # x86 without VNNI adds two products u8 · s8 in 16 bits, which saturate
     for _ in range(30):
         rows, n, columns = rng.integers(1, 70, 3)
-        q1, q2 = rng.integers(*limits, (rows, n)).astype(dtype), rng.integers(-127, 128, (n, columns)).astype(np.int8)
+        q1 = rng.integers(*limits, (rows, n)).astype(dtype)
+        q2 = rng.integers(-most, most + 1, (n, columns)).astype(np.int8)
         z1, z2 = rng.integers(*limits, ()).astype(dtype), rng.integers(-128, 128, columns).astype(np.int8)
         expected = onnx_run("MatMulInteger", q1, q2, z1, z2)
         acc = accumulate(q1, q2, z1, z2)

@@ -140,13 +140,13 @@ def picture_at(explorer, name, value):
 
 
 def has_no_range(explorer, name, value):
-    """Whether no hand gets to this value in the figures of lessons 02 and 03: α ≥ β."""
+    """Whether no hand gets to this value in the figures of lessons 02 and 03: α less than a step below β."""
     if name not in ("alpha", "beta"):
         return False
     if "linked" in explorer.controls and explorer.controls["linked"].value:
         return value == 0
     alpha, beta = (value if name == end else explorer.controls[end].value for end in ("alpha", "beta"))
-    return alpha >= beta
+    return alpha > beta - explorer.controls["alpha"].step
 
 
 def pictures_along(explorer, name, *, redrawn=(), skips=lambda explorer, name, value: False):
