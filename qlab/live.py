@@ -236,10 +236,12 @@ class Explorer:
             for widget in _tree(self.widget):
                 widget.close()
             self._pixels.free()
-        history = getattr(get_ipython(), "user_ns", {}).get("_oh", {})
+        shell = get_ipython()
+        history = getattr(shell, "user_ns", {}).get("_oh", {})
         for number in [number for number, value in history.items() if self in (value, getattr(value, "explorer", 0))]:
-            history.pop(number)
-            get_ipython().user_ns.pop(f"_{number}", None)
+            history.pop(number)  # what the cell gave is held by three names
+            for names in (shell.user_ns, shell.user_ns_hidden):
+                names.pop(f"_{number}", None)
 
     def __repr__(self):
         values = ", ".join(f"{name}={_text(value)}" for name, value in self._state.items())

@@ -526,7 +526,8 @@ def test_a_figure_whose_cell_runs_again_is_closed(monkeypatch):
     parent = {"metadata": {"cellId": "a cell"}, "header": {}}
     kernel = SimpleNamespace(get_parent=lambda channel: parent)
     history = {}
-    monkeypatch.setattr(live, "get_ipython", lambda: SimpleNamespace(kernel=kernel, user_ns={"_oh": history}))
+    shell = SimpleNamespace(kernel=kernel, user_ns={"_oh": history}, user_ns_hidden={})
+    monkeypatch.setattr(live, "get_ipython", lambda: shell)
     monkeypatch.setattr(live, "_shown", {})
     counts, lines = [], []
     for run in range(4):
