@@ -1,10 +1,13 @@
 """The live figure of gradients through a staircase against autograd."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from qlab import qat as quantizers
 from qlab.explorers import qat
@@ -61,12 +64,12 @@ def trained(scheme, bits, s, alpha, x):
     """The same by way of qlab.qat, in float32."""
     x = torch.tensor(x, dtype=torch.float32, requires_grad=True)
     if scheme == LSQ:
-        quantizer = quantizers.LSQ(bits, torch.full((len(x),), s), n=1)
-        p, share = quantizer.scale, quantizer.gradient_scale
-        x_hat = quantizer(x[:, None])[:, 0]
+        quantizer, share = quantizers.LSQ(bits, s, n=1), 1 / math.sqrt(2 ** (bits - 1) - 1)
+        p = quantizer.scale = nn.Parameter(torch.full((len(x),), s))  # one for each x, to see each gradient
     else:
-        quantizer = quantizers.PACT(bits, torch.full((len(x),), alpha))
-        p, share, x_hat = quantizer.alpha, 1, quantizer(x)
+        quantizer, share = quantizers.PACT(bits, alpha), 1
+        p = quantizer.alpha = nn.Parameter(torch.full((len(x),), alpha))
+    x_hat = quantizer(x)
     by_x, by_p = torch.autograd.grad(x_hat.sum(), (x, p))
     return x_hat.detach(), by_x, by_p / share
 

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 from tqdm.auto import tqdm
 
-from qlab.explorers import watch, watching
+from qlab import live
+from qlab.explorers import watch
 from qlab.training import Step
 from tests.explorers.checks import in_a_cell
 
@@ -49,7 +50,7 @@ class FakeKernel:
 
 def test_a_message_from_a_widget_is_answered_while_a_cell_trains(monkeypatch):
     kernel = FakeKernel()
-    monkeypatch.setattr(watching, "get_ipython", lambda: SimpleNamespace(kernel=kernel))
+    monkeypatch.setattr(live, "get_ipython", lambda: SimpleNamespace(kernel=kernel))
     run = watched()
 
     async def dispatch(message, concurrent):
@@ -68,7 +69,7 @@ def test_a_message_from_a_widget_is_answered_while_a_cell_trains(monkeypatch):
 @pytest.mark.parametrize("shell", [None, SimpleNamespace(), SimpleNamespace(
     kernel=SimpleNamespace(dispatch_shell=lambda message: None))], ids=["none", "no kernel", "an older kernel"])
 def test_other_shells_are_left_alone(monkeypatch, shell):
-    monkeypatch.setattr(watching, "get_ipython", lambda: shell)
+    monkeypatch.setattr(live, "get_ipython", lambda: shell)
     run = watched()
     in_a_cell(tqdm(run, disable=True))
     assert len(run) == 0
