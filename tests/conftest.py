@@ -8,6 +8,8 @@ import nbformat
 import pytest
 import torch
 
+from tests.notebooks.measured import differences, text_of
+
 pytest.register_assert_rewrite("tests.exercises.checks", "tests.explorers.checks")
 hypothesis.settings.register_profile("qlab", deadline=None, derandomize=True)  # the same examples on every run
 hypothesis.settings.load_profile("qlab")
@@ -40,5 +42,18 @@ class StatedMemory:
         assert peak < stated, f"{notebook.path.name} takes {peak} MB, and says less than {stated}"
 
 
+class Measured:
+    """What a cell tagged ``measured`` prints may differ between machines by what its intervals allow."""
+
+    @staticmethod
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(item):
+        yield
+        if "measured" in getattr(item, "cell", {}).get("metadata", {}).get("tags", []):
+            found = differences(text_of(item.cell.outputs), text_of(item.test_outputs))
+            assert not found, "\n".join(found)
+
+
 def pytest_configure(config):
     config.pluginmanager.register(StatedMemory())
+    config.pluginmanager.register(Measured())
