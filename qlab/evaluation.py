@@ -47,7 +47,7 @@ def texts(model):
     Returns
     -------
     dict of str to int64 tensor, shape (32, 256)
-        By the names in ``TEXTS``. No paragraph stands in two of them. The files are the same with every version of
+        By the names in ``TEXTS``. No twelve words in a row stand in two of them. The files are the same with every version of
         Python; `qlab.studies.texts` made them.
 
     Raises

@@ -5,10 +5,10 @@
 ``text_documentation.txt``  paragraphs of Python's documentation, without tables, grammar and code
 ``text_calibration.txt``    paragraphs of other topics of that documentation, and definitions of Python's own modules
 
-Each takes turns at its sources, about 1,200 characters at a time, so that a beginning is a sample of all of them. No
-paragraph stands in two files. The course's own text is that of one commit, so that it stays as it is when lessons
-change; the rest was taken from Python 3.11.7, and other versions have other words. `qlab.evaluation` loads the finished
-files.
+Each takes turns at its sources, about 1,200 characters at a time, so that a beginning is a sample of many of them. No
+twelve words in a row stand in two files. The course's own text is that of one commit, so that it stays as it is when
+lessons change; the rest was taken from Python 3.11.7, and other versions have other words. `qlab.evaluation` loads the
+finished files.
 """
 
 import hashlib
@@ -32,6 +32,7 @@ LESSONS = (
 OWN_MODULES = ("affine", "calibration", "floats", "integer", "qat", "smollm", "smoothquant", "spinquant")
 PYTHONS_MODULES = ("textwrap", "colorsys", "heapq", "statistics", "fractions", "shlex", "calendar", "bisect")
 EXCERPT, WHOLE = 1_200, 42_000  # characters, at least
+REPEATED = 12  # so many words in a row are no coincidence
 _NO_PROSE = re.compile(r"^(?:[\s#>!<]|[-+*] |\d+\. )|```|\||\$\$|\\|</|::=|[-=*+~]{3}", re.MULTILINE)
 
 
@@ -44,6 +45,12 @@ def paragraphs(text):
     """Those that are prose: no list, table, rule, formula or code in them, and some length."""
     return [part for part in re.split(r"\n\s*\n", text.strip())
             if len(part) >= 80 and not _NO_PROSE.search(part) and part.count("$") <= 4]
+
+
+def runs(text):
+    """All that ``REPEATED`` words in a row say."""
+    words = text.split()
+    return {tuple(words[i:i + REPEATED]) for i in range(len(words) - REPEATED + 1)}
 
 
 def definitions(source):
@@ -77,11 +84,11 @@ def in_turns(sources):
 
 
 def topics():
-    """Paragraphs by topic, for evaluation and for calibration; each once, though topics repeat each other."""
+    """Paragraphs by topic, for evaluation and for calibration; what topics repeat of each other stands in one."""
     seen, found = set(), []
     for _, text in sorted(pydoc_data.topics.topics.items()):
-        found.append([part for part in paragraphs(text) if part not in seen])
-        seen |= set(found[-1])
+        found.append([part for part in paragraphs(text) if runs(part).isdisjoint(seen)])
+        seen |= runs("\n\n".join(found[-1]))
     return found[::2], found[1::2]
 
 
