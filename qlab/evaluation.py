@@ -47,8 +47,8 @@ def texts(model):
     Returns
     -------
     dict of str to int64 tensor, shape (32, 256)
-        By the names in ``TEXTS``. No twelve words in a row stand in two of them. The files are the same with every version of
-        Python; `qlab.studies.texts` made them.
+        By the names in ``TEXTS``. No twelve words in a row stand in two of them. The files are the same with every
+        version of Python; `qlab.studies.texts` made them.
 
     Raises
     ------
