@@ -27,10 +27,10 @@ PREDICTIONS = {
     "where the sum is least": Question(
         "At 4 bits, the sum of both errors is least", (
             Option("at the farthest value", lambda share: share > 0.95,
-                   "Pull β inwards and watch mse: 99.4 % of the values lie within ±0.4, and their levels come closer."),
+                   "Compare mse at both places: 99.4 % of the values lie within ±0.4, and their levels come closer."),
             Option("below a third of it", lambda share: share < 1 / 3),
             Option("near one half of it", lambda share: 0.4 < share < 0.6,
-                   "Pull β further and watch mse. How many values lie beyond?"),
+                   "Read beta where mse is least, and divide it by the farthest value, 1.768."),
         ), move="Pull β in the figure to where mse is least (or press “MSE”)."),
     "8 bits in place of 4": Question(
         "With 8 bits in place of 4, the best β moves", (
@@ -74,7 +74,7 @@ PREDICTIONS = {
             Option("nearer to 0 than β", lambda ends: -ends[0] < 0.98 * ends[1]),
             Option("further from 0 than β", lambda ends: -ends[0] > 1.02 * ends[1],
                    "On which side are the far values?"),
-        )),
+        ), move="In the figure of section 3, at 4 bits, take the tick out of linked, and press “MSE”."),
     "ten million": Question(
         "For ten million values of the same kind, the best β", (
             Option("moves outwards by half or more", lambda ratio: ratio >= 1.5,

@@ -37,9 +37,9 @@ PREDICTIONS = {
         ), move="Press “−118.625” in the figure, and click the rightmost mantissa bit."),
     "16,777,216 + 1": Question(
         "16,777,216 + 1 in FP32 is", (
-            Option("16,777,217", lambda total: total == 16_777_217,
+            Option("16,777,217", lambda total: float(total) == 16_777_217,
                    "16,777,216 is 2²⁴. With 23 bits after the leading 1, how far is it to the next number?"),
-            Option("16,777,216", lambda total: total == 16_777_216),
+            Option("16,777,216", lambda total: float(total) == 16_777_216),
             Option("infinity", lambda total: total == float("inf"),
                    "Infinity is what lies beyond the largest number, about 3.4 × 10³⁸. This is far below."),
         )),
