@@ -272,6 +272,7 @@ def dequantize(blocks):
     Returns
     -------
     float32 array, shape of the codes
+        Infinite where s · level is beyond float32, as "ceil" and "even" may make it of the largest float32 numbers.
 
     Raises
     ------
@@ -484,7 +485,8 @@ def _scale_bytes(scales, fmt):
 def _from_scale_bytes(heads, fmt):
     """Scales, and minima if the format has them, each of shape (records, blocks in a record)."""
     if fmt.scale == E8M0:
-        return [np.where(heads == _NAN, np.float32(np.nan), np.ldexp(np.float32(1), heads.astype(int) - _BIAS))]
+        powers = np.ldexp(np.float32(1), np.minimum(heads, _NAN - 1).astype(int) - _BIAS)
+        return [np.where(heads == _NAN, np.float32(np.nan), powers)]
     codes = np.ascontiguousarray(heads).view(fmt.scale.code_dtype.newbyteorder("<"))
     values = decode(codes, fmt.scale).astype(np.float32)
     return np.split(values, values.shape[1] // fmt.record, axis=1)
