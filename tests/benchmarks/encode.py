@@ -1,5 +1,4 @@
-"""A million float32 values: `qlab.floats` against the casts of ml_dtypes and of NumPy, `qlab.blocks` against the former.
-"""
+"""A million float32 values: `qlab.floats` and `qlab.blocks` against the casts of ml_dtypes and of NumPy."""
 
 import statistics
 import time
