@@ -33,7 +33,13 @@ SIZES = (16, 32, 64, 128)
 _BY_NAME = {fmt.name: fmt for fmt in FORMATS}
 _GROUPS = {"int4 absmax": (absmax_params, 32, 16), "int4 zero-point": (zero_point_params, 64, 20)}  # bits beside codes
 NAMES = (*_BY_NAME, *_GROUPS)
-_LOOKS = {"MX": ("o", BLUE), "NVFP4": ("D", GREEN), "NF4": ("s", PURPLE), "Q": ("^", SKY), "int4": ("v", GREY)}
+_LOOKS = {  # NVFP4 and NF4 are close: one is seen through the other
+    "MX": {"marker": "o", "ms": 8, "color": BLUE, "ls": ""},
+    "NVFP4": {"marker": "D", "ms": 6, "color": GREEN, "ls": ""},
+    "NF4": {"marker": "s", "ms": 11, "color": PURPLE, "mfc": "none", "mew": 2, "ls": ""},
+    "Q": {"marker": "^", "ms": 8, "color": SKY, "ls": ""},
+    "int4": {"marker": "v", "ms": 8, "color": GREY, "ls": ""},
+}
 _PEAKS = 1e-3, 6e4  # of |x|: FP16 holds the scales
 _PLACES = 32  # blocks to choose from
 _LOSSLESS = 60  # dB: nothing but a format that the data come from gives more; it stands at the edge
@@ -94,9 +100,9 @@ def codebooks(x, format="MXFP4"):
     Returns
     -------
     Explorer
-        Controls ``data`` (a name of the dict), ``format``, ``size`` (of a block; a new format begins with its own),
-        ``rule`` ("floor", "ceil" or "even", of the scales in powers of two), ``block`` (32 of them, from first to
-        last) and ``value`` (in units of the block's largest magnitude). ``byte`` is the one that holds the value's
+        Controls ``data`` (a name of the dict), ``format``, ``size`` (of a block: "own", that of the format, or 16 to
+        128), ``rule`` ("floor", "ceil" or "even", of the scales in powers of two), ``block`` (32 of them, from first
+        to last) and ``value`` (in units of the block's largest magnitude). ``byte`` is the one that holds the value's
         code, as GGUF or bitsandbytes (NF4) has it.
 
     Raises
@@ -130,13 +136,13 @@ def codebooks(x, format="MXFP4"):
         every = {name: _stored(arrays[data], name, _own_size(name), "floor") for name in NAMES}
         return {name: (some.bits, some.db) for name, some in every.items()}
 
-    sizes = [size for size in SIZES if all(a.shape[-1] % size == 0 for a in arrays.values())]
+    sizes = ["own", *(size for size in SIZES if all(a.shape[-1] % size == 0 for a in arrays.values()))]
     controls = {
         "data": widgets.Dropdown(options=list(arrays), description="data", layout={"width": "250px"},
                                  style={"description_width": "40px"}),
         "format": widgets.Dropdown(options=NAMES, value=format, description="format", layout={"width": "230px"},
                                    style={"description_width": "55px"}),
-        "size": widgets.SelectionSlider(options=sizes, value=_own_size(format), description="block of",
+        "size": widgets.SelectionSlider(options=sizes, description="block of",
                                         layout={"width": "260px"}),
         "rule": widgets.ToggleButtons(options=RULES, style={"button_width": "64px"}, **_ruled(format)),
         "block": IntSlider(0, min=0, max=_PLACES - 1, description="which", layout={"width": "300px"}),
@@ -146,6 +152,7 @@ def codebooks(x, format="MXFP4"):
         controls["data"].layout.display = "none"
 
     def compute(*, data, format, size, rule, block, value):
+        size = _own_size(format) if size == "own" else size
         now = stored(data, format, size, rule)
         blocks = arrays[data].reshape(-1, size)
         i = block * len(blocks) // _PLACES
@@ -173,9 +180,7 @@ def codebooks(x, format="MXFP4"):
         }
 
     def couple(name, state):
-        if name != "format":
-            return {}
-        return {"size": _own_size(state["format"]), "rule": _ruled(state["format"])}
+        return {"rule": _ruled(state["format"])} if name == "format" else {}
 
     def hover(axes, x, y, result):
         if axes not in artists.panels:
@@ -194,8 +199,8 @@ def codebooks(x, format="MXFP4"):
         ghost=[artists.levels, artists.errors, *artists.rings], main=("sqnr_db", "dB"),
         title="Levels for a block",
         description="Left above: the histogram of the values of a block, with a line for each level that its format "
-        "and scale give it; a value in the hand and the level that it goes to. Left below: the error of each value. Right: "
-        "signal-to-noise ratio against bits per value of all formats; a ring marks the present setting.",
+        "and scale give it; a value in the hand and the level that it goes to. Left below: the error of each value. "
+        "Right: signal-to-noise ratio against bits per value of all formats; a ring marks the present setting.",
     )
 
 
@@ -277,19 +282,19 @@ def _codebooks_figure(decibels):
         errors = below.plot([], [], "o", color=BLUE, ms=6, **moving)[0]
         here = below.plot([], [], "v", color=VERMILION, ms=11, clip_on=False, **moving)[0]
 
-        all_of_them.set(xlim=(3.9, 9.2), ylabel="SQNR (dB)", title="all formats",
+        all_of_them.set(xlim=(3.9, 9.2), ylabel="SQNR (dB)", title=" ",
                         ylim=(np.floor(decibels.min() - 3), np.ceil(decibels.max() + 5)))
         few = np.sort(decibels)[:len(decibels) * 7 // len(NAMES)]
-        small.set(xlim=(4.15, 6.1), ylabel="SQNR (dB)", xlabel="bits per value (with scales)",
-                  ylim=(np.floor(few.min() - 1), np.ceil(few.max() + 1)))
-        look = {"ls": "", "ms": 8, "mec": "white", "mew": 0.8}
-        dots = {name: [axes.plot([], [], marker=marker, color=color, clip_on=False, **look, **moving)[0]
-                       for axes in panels] for name, (marker, color) in _LOOKS.items()}
-        small.legend([Line2D([], [], marker=marker, color=color, **look) for marker, color in _LOOKS.values()],
-                     ["MX", "NVFP4", "NF4", "Q", "int4 groups"], loc="center right", handletextpad=0.1)
+        small.set(xlim=(4.15, 5.9), xlabel="bits per value (with scales)", ylabel="SQNR (dB)",
+                  xticks=[4.25, 4.5, 5, 5.5], ylim=(np.floor(few.min() - 1), np.ceil(few.max() + 1)))
+        dots = {name: [axes.plot([], [], clip_on=False, **look, **moving)[0] for axes in panels]
+                for name, look in _LOOKS.items()}
+        small.legend([Line2D([], [], **look) for look in _LOOKS.values()],
+                     ["MX", "NVFP4", "NF4", "Q4, Q8", "int4 groups"], loc="center right", handletextpad=0.1)
         rings = [axes.plot([], [], "o", ms=17, mfc="none", mew=3, color=ORANGE, clip_on=axes is small, **moving)[0]
                  for axes in panels]
-        label = all_of_them.text(0, 0, "", fontweight="bold", va="center", animated=True)
+        label = all_of_them.text(0.5, 1.04, "", fontweight="bold", ha="center", animated=True,
+                                 transform=all_of_them.transAxes)
     return figure, SimpleNamespace(above=above, panels=panels, bars=bars, levels=levels, hand=hand, goes=goes,
                                    errors=errors, here=here, dots=dots, rings=rings, label=label)
 
@@ -310,7 +315,4 @@ def _draw(artists, result):
             some = [(bits, min(db, inside[1])) for bits, db in some if db < inside[1] or db >= _LOSSLESS]
             dots[i].set_data(*(zip(*some, strict=True) if some else ([], [])))
         artists.rings[i].set_data([result.bits], [min(result.sqnr_db, inside[1])])
-    left = result.bits > 6.1
-    artists.label.set(x=result.bits - 0.3 if left else max(result.bits + 0.3, 5.3),
-                      y=min(result.sqnr_db, artists.panels[0].get_ylim()[1]), ha="right" if left else "left",
-                      text=result.format)
+    artists.label.set_text(f"{result.format}: {result.sqnr_db:.1f} dB")
