@@ -185,8 +185,9 @@ def codebooks(x, format="MXFP4"):
     def hover(axes, x, y, result):
         if axes not in artists.panels:
             return ""
-        width, height = np.ptp(axes.get_xlim()), np.ptp(axes.get_ylim())
-        far = {name: np.hypot((bits - x) / width, (db - y) / height) for name, (bits, db) in result.points.items()}
+        width, height, top = np.ptp(axes.get_xlim()), np.ptp(axes.get_ylim()), axes.get_ylim()[1]
+        far = {name: np.hypot((bits - x) / width, (min(db, top) - y) / height)
+               for name, (bits, db) in result.points.items() if db < top or db >= _LOSSLESS}
         name = min(far, key=far.get)
         bits, db = result.points[name]
         return f"{name}, blocks of {_own_size(name)}\n{bits:.4g} bits, {db:.1f} dB" if far[name] < 0.03 else ""

@@ -191,6 +191,9 @@ def test_a_point_under_the_pointer():
     assert not explorer._picture.tip
     explorer._picture.pointer = {"hover": share(explorer, small, 4.25, 18.65)}
     assert explorer._picture.tip.startswith("MXFP4, blocks of 32")
+    explorer._picture.pointer = {"hover": share(explorer, small, 5, small.get_ylim()[1] - 0.05)}
+    assert explorer._picture.tip.splitlines()[0] == "Q4_1, blocks of 32"
+    assert float(explorer._picture.tip.split(", ")[-1].removesuffix(" dB")) > 60
     explorer._picture.pointer = {"hover": share(explorer, above, 0, 0.5)}
     assert not explorer._picture.tip
 
