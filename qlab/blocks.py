@@ -28,7 +28,6 @@ from qlab.floats import (
 E8M0 = "E8M0"  # a scale of eight exponent bits and nothing else: 2^(code − 127), and NaN for 255
 _BIAS, _NAN = 127, 255
 _POWERS = ("floor", "ceil", "even")
-_RULES = (*_POWERS, "absmax", "signed absmax", "min-max")
 _ROUNDINGS = ("even", "down", "up", "away")
 
 
@@ -53,7 +52,7 @@ class BlockFormat:
         to as many mantissa bits as the element has.
         "absmax": s = max|x| / largest level.
         "signed absmax": s = (the value of largest magnitude, with its sign) / lowest level; the first one, of two.
-        "min-max": s = (max x − min x) / largest level, and the minimum is stored as the scale is.
+        "min-max" (for levels from 0 up): s = (max x − min x) / largest level; the minimum is stored as the scale is.
     rounding : str
         What happens between two levels. "even": a tie goes to the even code. "down": to the lower level.
         "up", "away": integers, a tie goes up, or away from 0; as in llama.cpp, codes are found with the scale before it
@@ -100,20 +99,26 @@ class BlockFormat:
 
     def __post_init__(self):
         object.__setattr__(self, "block", check_integer(self.block, "block", 1))
+        object.__setattr__(self, "record", check_integer(self.record, "record", 0))
         is_float = isinstance(self.element, FloatFormat)
-        if not (self.element.bits <= 8 if is_float else _is_codebook(self.element)):
-            raise ValueError("element must be a FloatFormat of up to 8 bits or a tuple of 2 to 256 finite levels, "
-                             f"got {repr(self.element)[:60]}")
         if self.scale != E8M0 and not isinstance(self.scale, FloatFormat):
             raise ValueError(f"scale must be a FloatFormat or 'E8M0', got {repr(self.scale)[:60]}")
-        if self.rule not in _RULES:
-            raise ValueError(f"rule must be one of {', '.join(_RULES)}, got {self.rule!r}")
-        if (self.rule in _POWERS) != (self.scale == E8M0) or (self.rule in _POWERS and not is_float):
-            raise ValueError(f"rule must be {', '.join(_POWERS)} for a float element with an E8M0 scale, and another "
-                             f"one else, got {self.rule!r}")
         if self.rounding not in _ROUNDINGS or (self.rounding == "even") != is_float:
             raise ValueError("rounding must be 'even' for a float element, and 'down', 'up' or 'away' for a codebook, "
                              f"got {self.rounding!r}")
+        if not (self.element.bits <= 8 if is_float else _is_codebook(self.element, self.rounding)):
+            raise ValueError("element must be a FloatFormat of up to 8 bits or a tuple of 2 to 256 finite levels, in "
+                             "rising order, some above 0; for the rounding 'up' neighbouring integers, for 'away' "
+                             "those of int8, from 0 to 127 and from -128 to -1; "
+                             f"got {repr(self.element)[:60]}")
+        allowed = ["absmax"] if self.scale != E8M0 else list(_POWERS) if is_float else []
+        if self.scale != E8M0 and not is_float:
+            allowed.append("min-max" if self.element[0] == 0 else "signed absmax")
+        if self.rule not in allowed:
+            raise ValueError(f"rule must be one of {', '.join(allowed) or 'none'} for this element and this scale, got "
+                             f"{self.rule!r}")
+        if self.tensor_scale and self.scale == E8M0:
+            raise ValueError("tensor_scale must be False for E8M0, whose numbers need none")
 
     @property
     def element_bits(self):
@@ -144,9 +149,14 @@ class BlockFormat:
         return self.element.max if self.rounding == "even" else max(self.element)
 
 
-def _is_codebook(levels):
-    return (isinstance(levels, tuple) and 2 <= len(levels) <= 256
-            and all(isinstance(v, (int, float)) and math.isfinite(v) for v in levels))
+def _is_codebook(levels, rounding):
+    if not isinstance(levels, tuple) or not 2 <= len(levels) <= 256:
+        return False
+    if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in levels) or max(levels) <= 0:
+        return False
+    first = math.floor(levels[0])
+    wanted = {"up": range(first, first + len(levels)), "away": (*range(128), *range(-128, 0))}
+    return list(levels) == list(wanted.get(rounding, sorted({*levels})))
 
 
 # Quantiles of a normal over its largest: at 8 places from 1/2 to 0.9677083 above 0, at 7 places likewise below. The
@@ -188,7 +198,7 @@ class Blocks:
     Raises
     ------
     ValueError
-        If the shapes do not fit each other or the format.
+        If the shapes do not fit each other or the format, or there is no such format.
     """
 
     codes: Any
@@ -198,6 +208,7 @@ class Blocks:
     format: BlockFormat = MXFP4
 
     def __post_init__(self):
+        _check_format(self.format)
         shape = np.shape(self.codes)
         expected = (*shape[:-1], shape[-1] // self.format.block) if shape else None
         for name in ("scales", "minima"):
@@ -339,7 +350,7 @@ def pack(blocks):
     if fmt.element_bits == 4:
         codes = codes[:, :fmt.block // 2] | codes[:, fmt.block // 2:] << 4
     records = np.concatenate([part.reshape(codes.shape[0] // fmt.record, -1) for part in (*heads, codes)], axis=1)
-    return records.reshape(*blocks.codes.shape[:-1], -1)
+    return records.reshape(*np.shape(blocks.codes)[:-1], -1)
 
 
 def unpack(data, fmt, *, tensor_scale=None):

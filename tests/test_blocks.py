@@ -389,10 +389,18 @@ def test_the_minimum_of_q4_1_beyond_fp16():
 
 
 @pytest.mark.parametrize("change, part", [
-    ({"rule": "round"}, "rule must be one of floor, ceil, even, absmax.*'round'"), ({"rule": "absmax"}, "E8M0"),
-    ({"scale": FP16}, "rule"), ({"block": 0}, "block must be an integer of at least 1, got 0"),
-    ({"block": 2.5}, "block"), ({"element": FP16}, "up to 8 bits"), ({"element": "E2M1"}, "'E2M1'"),
-    ({"element": (0.0, np.inf)}, "finite"), ({"scale": "E5M3"}, "scale must be a FloatFormat or 'E8M0', got 'E5M3'"),
+    ({"rule": "round"}, "rule must be one of floor, ceil, even .*'round'"), ({"rule": "absmax"}, "floor, ceil, even"),
+    ({"scale": FP16}, "rule must be one of absmax for"), ({"tensor_scale": True}, "tensor_scale"),
+    ({"record": -1}, "record"),
+    ({"element": (0.0, 1.0), "rounding": "down"}, "rule must be one of none"),
+    ({"element": (1.0, 0.0), "rounding": "down"}, "rising"), ({"element": (0, 2), "rounding": "up"}, "neighbouring"),
+    ({"element": (0, 1), "rounding": "away"}, "int8"), ({"element": (-2, -1), "rounding": "up"}, "some above 0"),
+    ({"element": (0, 1), "rounding": "up", "scale": FP16, "rule": "signed absmax"}, "of absmax, min-max for"),
+    ({"element": (-1, 0, 1), "rounding": "up", "scale": FP16, "rule": "min-max"}, "of absmax, signed absmax for"),
+    ({"block": 0}, "block must be an integer of at least 1, got 0"),
+    ({"block": 2.5}, "block"), ({"element": FP16}, "up to 8 bits"), ({"element": "E2M1", "rounding": "up"}, "'E2M1'"),
+    ({"element": (0.0, np.inf), "rounding": "down"}, "finite"),
+    ({"scale": "E5M3"}, "scale must be a FloatFormat or 'E8M0', got 'E5M3'"),
     ({"rounding": "up"}, "rounding must be 'even' for a float"), ({"rounding": "nearest"}, "rounding"),
 ])
 def test_bad_formats(change, part):
@@ -410,6 +418,7 @@ def test_bad_formats(change, part):
     (lambda: Blocks(np.zeros(64, np.uint8), np.ones(1)), "scales must have shape \\(2,\\)"),
     (lambda: dequantize(Blocks(np.full(32, 16, np.uint8), np.ones(1))), "uint8 and below 16, got uint8 up to 16"),
     (lambda: dequantize(Blocks(np.zeros(32), np.ones(1))), "got float64"),
+    (lambda: Blocks(np.zeros(32, np.uint8), np.ones(1), format="MXFP4"), "fmt must be a BlockFormat"),
 ])
 def test_bad_calls(call, part):
     with pytest.raises(ValueError, match=part):
