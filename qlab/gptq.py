@@ -49,7 +49,6 @@ RANGES = ("min-max", "MSE", "weighted")
 METHODS = ("nearest", "gptq")
 _SHARES = [share / 40 for share in range(40, 7, -1)]  # of the min-max range; the largest first, so that it wins a tie
 _BLOCK = 64  # columns whose errors reach those behind the block in one product
-_PART = 2**17  # weights at a time in a search: they stay in the processor's cache
 
 
 class Factor(NamedTuple):
@@ -57,7 +56,7 @@ class Factor(NamedTuple):
 
     Parameters
     ----------
-    upper : tensor, shape (n, n), float64
+    upper : tensor, shape (n, n)
         U, upper triangular: UᵀU is the inverse of the damped H, its rows and columns in that order.
     order : int64 tensor, shape (n,)
         The columns, the first to be rounded first.
@@ -233,12 +232,12 @@ def gptq(w, hessian, bits, *, group_size=None, symmetric=False, damping=0.01, ac
 
     Examples
     --------
-    >>> w, x = np.array([[0.4, 0.5, 3.0]]), np.array([[1.0, 1.0, 0.0], [1.0, 1.1, 1.0]])
-    >>> for ends in (w * 0, w):  # nearest first: no input meets another
-    ...     codes, params = gptq(w, np.eye(3) if not ends.any() else hessian(x), 2)
-    ...     print(dequantize(codes, params))
-    [[0. 1. 3.]]
-    [[0. 1. 3.]]
+    >>> w, x = np.array([[0.4, 0.4, 1.0]]), np.array([[1.0, 1.0, 0.0], [1.0, 0.9, 0.1]])
+    >>> for h in (np.eye(3), hessian(x)):  # columns that never meet: nearest
+    ...     codes, params = gptq(w, h, 2, symmetric=True)
+    ...     print(codes, (x @ (w - dequantize(codes, params)).T).round(2).tolist())
+    [[0 0 1]] [[0.8], [0.76]]
+    [[0 1 0]] [[-0.2], [-0.04]]
     """
     codes, params, _ = compensated(w, factor(hessian, damping=damping, act_order=act_order), bits,
                                    group_size=group_size, symmetric=symmetric, ranges=ranges)
@@ -274,7 +273,11 @@ def compensated(w, factor, bits, *, group_size=None, symmetric=False, ranges="mi
     --------
     >>> w, x = torch.tensor([[0.4, 0.4, 1.0]]), torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.9, 0.1]])
     >>> for columns in range(3):
-    ...     print(compensated(w, factor(hessian(x)), 2, columns=columns).weights)
+    ...     now = compensated(w, factor(hessian(x)), 2, symmetric=True, columns=columns)
+    ...     print(now.codes.tolist(), now.weights.numpy().round(2))
+    [[0, 0, 1]] [[0.4 0.4 1. ]]
+    [[0, 1, 1]] [[0.4  0.81 1.14]]
+    [[0, 1, 0]] [[0.4  0.81 0.38]]
     """
     w, bits = _matrix(w, "w"), check_bits(bits)
     outputs, inputs = w.shape
@@ -287,7 +290,7 @@ def compensated(w, factor, bits, *, group_size=None, symmetric=False, ranges="mi
     order, diagonal, upper = factor.order, factor.diagonal.to(w.dtype), factor.upper.to(w.dtype)
     place, group_of, pivots = torch.argsort(order), (order // size).tolist(), upper.diagonal().tolist()
     now = torch.where(diagonal > 0, w, 0).T[order].contiguous()  # a column lies together in memory here: as a row
-    codes, params = torch.empty_like(now), [None] * (inputs // size)
+    params = [None] * (inputs // size)
 
     def params_of(group, start=0, stop=inputs, errors=None):
         """Of a group as it is now, or would be if the errors since ``start`` had reached what is behind ``stop``."""
@@ -304,18 +307,16 @@ def compensated(w, factor, bits, *, group_size=None, symmetric=False, ranges="mi
         errors = torch.empty(stop - start, outputs, dtype=w.dtype)
         for j in range(start, stop):
             p = params_of(group_of[j], start, stop, errors[:j - start])
-            q = torch.div(now[j], p.scale).round_().add_(p.zero_point).clamp_(p.qmin, p.qmax)
-            codes[j] = q
+            q = torch.div(now[j], p.scale).round_().add_(p.zero_point).clamp_(p.qmin, p.qmax)  # as `quantize`, faster
             error = torch.sub(now[j], q.sub_(p.zero_point).mul_(p.scale), out=errors[j - start]).div_(pivots[j])
             now[j + 1:stop].addr_(upper[j, j + 1:stop], error, alpha=-1)
         now[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-    for j in range(columns, inputs):
-        codes[j] = quantize(now[j], params_of(group_of[j]))
     found = [params_of(group) for group in range(inputs // size)]
     together = found[0] if group_size is None else QParams(
         torch.stack([p.scale for p in found], 1), torch.stack([p.zero_point for p in found], 1), found[0].qmin,
         found[0].qmax, group_size=size)
-    return Compensated(codes[place].T.to(torch.int32).contiguous(), together, now[place].T.contiguous())
+    weights = now[place].T.contiguous()
+    return Compensated(quantize(weights, together), together, weights)
 
 
 @torch.no_grad()
@@ -354,10 +355,13 @@ def weight_params(w, bits, *, group_size=None, symmetric=False, ranges="min-max"
 
     Examples
     --------
-    >>> w = torch.tensor([[0.1, -0.1, 0.2, -0.2, 1.0]])
-    >>> for ranges, diagonal in (("min-max", None), ("MSE", None), ("weighted", torch.tensor([9.0, 9, 9, 9, 0]))):
-    ...     params = weight_params(w, 3, symmetric=True, ranges=ranges, diagonal=diagonal)
-    ...     print(ranges, fake_quantize(w, params))
+    >>> w, h = torch.tensor([[0.1, -0.1, 0.2, -0.2, 1.0]]), torch.tensor([9.0, 9.0, 9.0, 9.0, 1.0])
+    >>> for ranges in RANGES:
+    ...     params = weight_params(w, 3, symmetric=True, ranges=ranges, diagonal=h)
+    ...     print(ranges, fake_quantize(w, params).numpy().round(2))
+    min-max [[ 0.    0.    0.33 -0.33  1.  ]]
+    MSE [[ 0.    0.    0.31 -0.31  0.92]]
+    weighted [[ 0.    0.    0.24 -0.24  0.72]]
     """
     w, bits = _matrix(w, "w"), check_bits(bits)
     outputs, inputs = w.shape
@@ -369,27 +373,18 @@ def weight_params(w, bits, *, group_size=None, symmetric=False, ranges="min-max"
     if ranges == "min-max":
         return params
     h = torch.ones(inputs, dtype=w.dtype) if ranges == "MSE" else _checked_diagonal(diagonal, inputs).to(w.dtype)
-    scale, zero_point = params.scale.reshape(outputs, -1, 1), params.zero_point.reshape(outputs, -1, 1).to(w.dtype)
-    parts = max(1, _PART // inputs)
-    shares = [_best_shares(*part, h, params) for part in
-              zip(w.split(parts), scale.split(parts), zero_point.split(parts), strict=True)]
-    return replace(params, scale=params.scale * torch.cat(shares).view_as(params.scale))
-
-
-def _best_shares(w, scale, zero_point, h, params):
-    """For each row and group, the share of its range with the least error weighted by h."""
+    scale, zero_point = (t.reshape(outputs, -1, 1).to(w.dtype) for t in (params.scale, params.zero_point))
     w, h = w.unflatten(1, (scale.shape[1], -1)), h.view(scale.shape[1], -1, 1)
     low, high, u = params.qmin - zero_point, params.qmax - zero_point, torch.empty_like(w)
-    best = torch.full(scale.shape, math.inf, dtype=w.dtype)
-    shares = torch.ones_like(scale)
+    best, shares = torch.full_like(scale, math.inf), torch.ones_like(scale)
     for share in _SHARES:
         s = share * scale
-        torch.div(w, s, out=u).round_()
-        torch.clamp(u, low, high, out=u).mul_(s).sub_(w).square_()
+        torch.maximum(torch.div(w, s, out=u).round_(), low, out=u)
+        torch.minimum(u, high, out=u).mul_(s).sub_(w).square_()
         error = (u.transpose(0, 1) @ h).transpose(0, 1)
         shares[error < best] = share
         best = torch.minimum(best, error)
-    return shares
+    return replace(params, scale=params.scale * shares.view_as(params.scale))
 
 
 @torch.no_grad()
@@ -471,6 +466,7 @@ def awq_scales(w, x, bits, *, group_size=None, grid=20):
     --------
     >>> w, x = np.array([[0.3, 1.0, -1.0]]), np.array([[9.0, 1.0, 1.0], [-9.0, 1.0, 0.5]])
     >>> awq_scales(w, x, bits=3).round(2)
+    array([2.11, 0.56, 0.47])
     """
     search = awq_search(w, x, bits, group_size=group_size, grid=grid)
     s = search.scales[search.errors.argmin()]
@@ -558,13 +554,16 @@ def quantized(model, tokens, bits=4, *, method="gptq", group_size=None, symmetri
     old, bits, weights = plain_weights(model), check_bits(bits), {}
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    columns = 0 if method == "nearest" else None
+    options = {"group_size": group_size, "symmetric": symmetric, "ranges": ranges}
     for (layer, site), (h, _) in _places(model, tokens, sites, "Quantizing", progress):
         names = [f"blocks.{layer}.{name}.weight" for name in READERS[site]]
-        done = compensated(torch.cat([old[name] for name in names]),
-                           factor(h, damping=damping, act_order=act_order), bits, group_size=group_size,
-                           symmetric=symmetric, ranges=ranges, columns=columns)
-        rows = dequantize(done.codes, done.params).split([len(old[name]) for name in names])
+        w = torch.cat([old[name] for name in names])
+        if method == "nearest":
+            w_hat = fake_quantize(w, weight_params(w, bits, diagonal=h.diagonal(), **options))
+        else:
+            codes, params, _ = compensated(w, factor(h, damping=damping, act_order=act_order), bits, **options)
+            w_hat = dequantize(codes, params)
+        rows = w_hat.split([len(old[name]) for name in names])
         weights |= {name: row.to(old[name].dtype) for name, row in zip(names, rows, strict=True)}
     return reweighted(model, weights, f"{bits}-bit weights")
 
@@ -632,13 +631,13 @@ def _tensor(x, name):
 
 
 def _checked_hessian(hessian):
-    """Its diagonal, and all of it in float64."""
+    """Its diagonal, and all of it."""
     h = _matrix(hessian, "hessian")
     diagonal = h.diagonal().clone()
     if h.shape[0] != h.shape[1] or (h - h.T).abs().max() > 1e-3 * diagonal.max() or diagonal.min() < 0:
         raise ValueError(f"hessian must be square and symmetric with a diagonal of at least 0, got shape "
                          f"{tuple(h.shape)} and a least diagonal of {diagonal.min().item():.3g}")
-    return diagonal, h.double()
+    return diagonal, h
 
 
 def _checked_diagonal(diagonal, inputs):
