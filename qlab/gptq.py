@@ -281,6 +281,8 @@ def compensated(w, factor, bits, *, group_size=None, symmetric=False, ranges="mi
     """
     w, bits = _matrix(w, "w"), check_bits(bits)
     outputs, inputs = w.shape
+    if not isinstance(factor, Factor):
+        raise ValueError(f"factor must be a Factor, as factor(hessian(x)) is, got {type(factor).__name__}")
     if len(factor.order) != inputs:
         raise ValueError(f"hessian must be of shape {(inputs, inputs)} for w of shape {tuple(w.shape)}, got "
                          f"{tuple(factor.upper.shape)}")
@@ -302,13 +304,16 @@ def compensated(w, factor, bits, *, group_size=None, symmetric=False, ranges="mi
             params[group] = weight_params(current.T, bits, symmetric=symmetric, ranges=ranges, diagonal=diagonal[here])
         return params[group]
 
+    group = None
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
         errors = torch.empty(stop - start, outputs, dtype=w.dtype)
         for j in range(start, stop):
-            p = params_of(group_of[j], start, stop, errors[:j - start])
-            q = torch.div(now[j], p.scale).round_().add_(p.zero_point).clamp_(p.qmin, p.qmax)  # as `quantize`, faster
-            error = torch.sub(now[j], q.sub_(p.zero_point).mul_(p.scale), out=errors[j - start]).div_(pivots[j])
+            if group_of[j] != group:
+                group, p = group_of[j], params_of(group_of[j], start, stop, errors[:j - start])
+                low, high = p.qmin - p.zero_point.to(w.dtype), p.qmax - p.zero_point.to(w.dtype)
+            steps = torch.clamp(torch.div(now[j], p.scale).round_(), low, high)  # q − z of `quantize`
+            error = torch.sub(now[j], steps.mul_(p.scale), out=errors[j - start]).div_(pivots[j])
             now[j + 1:stop].addr_(upper[j, j + 1:stop], error, alpha=-1)
         now[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
     found = [params_of(group) for group in range(inputs // size)]
@@ -422,7 +427,7 @@ def _search(w, found, bits, *, group_size, grid):
     alphas, scales, errors = torch.arange(grid, dtype=torch.float64) / grid, [], []
     for alpha in alphas.tolist():
         s = size**alpha
-        s = s / (s.max() * s.min()).sqrt()
+        s = s / s.max().sqrt() / s.min().sqrt()
         delta = w - fake_quantize(w * s, weight_params(w * s, bits, group_size=group_size)) / s
         scales.append(s)
         errors.append(((delta @ h) * delta).sum() / signal)

@@ -347,6 +347,7 @@ NAN, INFINITE, H = np.full((2, 2), np.nan), np.full((2, 2), np.inf), hessian(X)
     (lambda: gptq(W, H, 1), "bits must be an integer from 2 to 16, got 1"),
     (lambda: gptq(W, H, 4, ranges="best"), "ranges must be one of min-max, MSE, weighted, got 'best'"),
     (lambda: compensated(W, factor(H), 4, columns=25), "columns must be an integer from 0 to 24, got 25"),
+    (lambda: compensated(W, H, 4), "factor must be a Factor, as factor(hessian(x)) is, got ndarray"),
     (lambda: weight_params(W, 4, ranges="weighted"), "diagonal must be given for weighted ranges"),
     (lambda: weight_params(W, 4, ranges="weighted", diagonal=-np.ones(24)), "nowhere less than 0"),
     (lambda: weight_params(W, 4, ranges="weighted", diagonal=np.ones(3)), "diagonal must be of shape (24,)"),
