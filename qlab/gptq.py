@@ -292,34 +292,33 @@ def compensated(w, factor, bits, *, group_size=None, symmetric=False, ranges="mi
     order, diagonal, upper = factor.order, factor.diagonal.to(w.dtype), factor.upper.to(w.dtype)
     place, group_of, pivots = torch.argsort(order), (order // size).tolist(), upper.diagonal().tolist()
     now = torch.where(diagonal > 0, w, 0).T[order].contiguous()  # a column lies together in memory here: as a row
-    params = [None] * (inputs // size)
+    found = {}
 
-    def params_of(group, start=0, stop=inputs, errors=None):
-        """Of a group as it is now, or would be if the errors since ``start`` had reached what is behind ``stop``."""
-        if params[group] is None:
+    def grid_of(group, start=0, stop=inputs, errors=None):
+        """Parameters of a group, and its least and largest q − z; once the errors since ``start`` have reached it."""
+        if group not in found:
             here = slice(group * size, (group + 1) * size)
             rows, current = place[here], now[place[here]]
             if errors is not None and (late := rows >= stop).any():
                 current[late] -= upper[start:start + len(errors), rows[late]].T @ errors
-            params[group] = weight_params(current.T, bits, symmetric=symmetric, ranges=ranges, diagonal=diagonal[here])
-        return params[group]
+            p = weight_params(current.T, bits, symmetric=symmetric, ranges=ranges, diagonal=diagonal[here])
+            zero_point = p.zero_point.to(w.dtype)
+            found[group] = p, p.qmin - zero_point, p.qmax - zero_point
+        return found[group]
 
-    group = None
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
         errors = torch.empty(stop - start, outputs, dtype=w.dtype)
         for j in range(start, stop):
-            if group_of[j] != group:
-                group, p = group_of[j], params_of(group_of[j], start, stop, errors[:j - start])
-                low, high = p.qmin - p.zero_point.to(w.dtype), p.qmax - p.zero_point.to(w.dtype)
+            p, low, high = grid_of(group_of[j], start, stop, errors[:j - start])
             steps = torch.clamp(torch.div(now[j], p.scale).round_(), low, high)  # q − z of `quantize`
             error = torch.sub(now[j], steps.mul_(p.scale), out=errors[j - start]).div_(pivots[j])
             now[j + 1:stop].addr_(upper[j, j + 1:stop], error, alpha=-1)
         now[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-    found = [params_of(group) for group in range(inputs // size)]
-    together = found[0] if group_size is None else QParams(
-        torch.stack([p.scale for p in found], 1), torch.stack([p.zero_point for p in found], 1), found[0].qmin,
-        found[0].qmax, group_size=size)
+    params = [grid_of(group)[0] for group in range(inputs // size)]
+    together = params[0] if group_size is None else QParams(
+        torch.stack([p.scale for p in params], 1), torch.stack([p.zero_point for p in params], 1), params[0].qmin,
+        params[0].qmax, group_size=size)
     weights = now[place].T.contiguous()
     return Compensated(quantize(weights, together), together, weights)
 
