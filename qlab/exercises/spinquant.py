@@ -8,15 +8,15 @@ from qlab.exercises.predicting import Option, Question
 PREDICTIONS = {
     "turned by 45°": Question(
         "Turned by 45°, the error", (
-            Option("falls for both", lambda ratio: ratio[0] < 0.9 and ratio[1] > 1.1,
+            Option("falls for both", lambda ratio: max(ratio) < 0.9,
                    "Choose diagonal and turn: where is the long axis of the cloud before and after?"),
-            Option("falls for the first and grows for the second", lambda ratio: ratio[0] < 0.9 and ratio[1] < 0.9),
+            Option("falls for the first and grows for the second", lambda ratio: ratio[0] < 0.9 and ratio[1] > 1.1),
             Option("stays for both", lambda ratio: all(0.9 <= one <= 1.1 for one in ratio),
                    "Lengths stay, and the largest coordinate does not: look at the square that the grid has to fill."),
         )),
     "largest of two channels": Question(
         "The largest coordinate becomes", (
-            Option("about 0.7 of what it was", lambda ratio: 0.65 < ratio < 0.85),
+            Option("about three quarters of what it was", lambda ratio: 0.65 < ratio < 0.85),
             Option("half of it", lambda ratio: 0.4 < ratio < 0.6,
                    "A point (v, 0) becomes (v / √2, v / √2): two channels share the length as a root."),
             Option("a fifth of it", lambda ratio: ratio < 0.3,
@@ -28,8 +28,8 @@ PREDICTIONS = {
             Option("the random orthogonal one", lambda error: error[1] < 0.95 * error[0],
                    "Compare the bars. In which of the two matrices do all entries have the same magnitude?"),
             Option("either", lambda error: 0.95 <= error[0] / error[1] <= 1 / 0.95,
-                   "Compare the bars. One new channel gets a larger share of the ridge than another, unless all entries "
-                   "have the same magnitude."),
+                   "Compare the bars. One new channel gets a larger share of the ridge than another, unless all "
+                   "entries have the same magnitude."),
         )),
     "the needle, turned": Question(
         "The error after the Hadamard matrix is", (
@@ -42,7 +42,8 @@ PREDICTIONS = {
     "a rotation or groups": Question(
         "Nearest to float comes", (
             Option("Hadamard R1, R2 and R4", lambda contrast: contrast.kl_high < 1,
-                   "Read the line with the ratio: above 1, the first has the larger KL. How many channels share a range?"),
+                   "Read the line with the ratio: above 1, the first has the larger KL. How many channels share a "
+                   "range?"),
             Option("no rotation", lambda contrast: contrast.kl_low > 1),
             Option("they cannot be told apart", lambda contrast: contrast.kl_low <= 1 <= contrast.kl_high,
                    "Read the interval of the ratio: it does not hold 1."),
@@ -52,7 +53,7 @@ PREDICTIONS = {
             Option("half", lambda ratio: 0.3 < ratio < 0.7,
                    "That holds for activations. Look at what folding the gains does to the columns of a row."),
             Option("within a tenth", lambda ratio: 0.9 < ratio < 1.1,
-                   "No length changes, yet before the rotation the gains are multiplied into the weights: read that row."),
+                   "No length changes, yet before that the gains are multiplied into the weights: read that row."),
             Option("twice as large or more", lambda ratio: ratio > 1.7),
         )),
     "where learning helps": Question(

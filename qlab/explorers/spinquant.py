@@ -372,22 +372,24 @@ def rotation(places=None, bits=4, rotations=None, gains=None):
                                          style={"button_width": "64px", "description_width": "60px"}),
     }
 
-    def couple(name, state):
-        random = state["rotate"] in (RANDOM_HADAMARD, RANDOM_ORTHOGONAL)
-        return {"seed": {"disabled": not random}} if name == "rotate" else {}
-
     figure, artists = _rotation_figure(names)
     before = {place: turned(place, NONE, 0) for place in places}
     return Explorer(
-        figure, controls, compute, partial(_draw_rotation, artists, before, scales), read, couple=couple,
+        figure, controls, compute, partial(_draw_rotation, artists, before, scales), read, couple=_couple,
         hover=partial(_under_the_pointer, before),
         ghost=[artists.after, artists.counts, *artists.halves], main=("output_error_percent", "%"),
-        parts={"bars": [*artists.lines, *artists.texts, artists.worst]}, title="Rotations of the activations of a language model",
+        parts={"bars": [figure.axes[2]]},
+        title="Rotations of the activations of a language model",
         description="Left, the largest magnitude of each channel on a logarithmic axis, before a rotation as grey bars "
         "and after it as dots. Middle, how many values have which magnitude, before as a grey area and after as a "
         "line, with half a step of the grid: smaller values become 0. Right, bars with the error of the layer's output "
         "for each rotation.",
     )
+
+
+def _couple(name, state):
+    random = state["rotate"] in (RANDOM_HADAMARD, RANDOM_ORTHOGONAL)
+    return {"seed": {"disabled": not random}} if name == "rotate" else {}
 
 
 class _Magnitudes:
@@ -407,11 +409,11 @@ def _width(place, channels):
 def _checked_gains(places, gains):
     """The gains as float32 tensors; a ValueError unless each fits its place."""
     gains, known = dict(gains or {}), checked_places(places)
-    for place, gain in gains.items():
+    for place, given in gains.items():
         name = f"gains[{place!r}]"
         if place not in known:
             raise ValueError(f"gains must be of the places {', '.join(map(str, known))}, got {place!r}")
-        gain = torch.asarray(real_array(gain, name), dtype=torch.float32, copy=True, requires_grad=False)
+        gain = torch.asarray(real_array(given, name), dtype=torch.float32, copy=True, requires_grad=False)
         if gain.shape != known[place][0].shape[1:] or not gain.all():
             raise ValueError(f"{name} must be of shape {tuple(known[place][0].shape[1:])} and nowhere 0, got shape "
                              f"{tuple(gain.shape)}")
