@@ -133,6 +133,23 @@ def products():
     return {place: tuple(_stored(file, name).astype(np.float32) for name in "xw") for place, file in files.items()}
 
 
+def gains():
+    """Gains of the RMSNorms in front of two of the places of `products`: x = gain · x̂, and x̂ is what a rotation turns.
+
+    Returns
+    -------
+    dict of (layer, site) to float32 array, shape (576,)
+        Stored as float16, exactly.
+
+    Examples
+    --------
+    >>> {place: gain.shape for place, gain in gains().items()}
+    {(12, 'attn_in'): (576,), (29, 'mlp_in'): (576,)}
+    """
+    return {place: _stored("gains.npz", f"{place[0]}_{place[1]}").astype(np.float32)
+            for place in ((12, "attn_in"), (29, "mlp_in"))}
+
+
 def path(name):
     """Path of a file that ships with the samples, such as "quantize_linear.onnx": a model of one QuantizeLinear node.
 
