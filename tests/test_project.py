@@ -22,7 +22,7 @@ FLOORS = {
     "floats": 1, "affine": 1, "samples": 1,
     "calibration": 2, "blocks": 2,
     "training": 3, "ptq": 3, "qat": 3, "integer": 3,
-    "fetching": 3, "smollm": 3, "outliers": 3, "smoothquant": 3, "spinquant": 3,
+    "fetching": 3, "smollm": 3, "evaluation": 3, "outliers": 3, "smoothquant": 3, "spinquant": 3,
     "digits": 4, "studies": 4,
     "picture": 5, "handles": 5, "live": 5, "explorers": 5, "exercises": 5,
 }
