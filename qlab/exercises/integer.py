@@ -18,8 +18,9 @@ def check_multiplier(function):
 
     Examples
     --------
+    >>> import math
     >>> def multiplier(m):
-    ...     fraction, exponent = np.frexp(m)  # m = fraction · 2^exponent, with the fraction in [½, 1)
+    ...     fraction, exponent = math.frexp(m)  # m = fraction · 2^exponent, with the fraction in [½, 1)
     ...     m0 = round(fraction * 2**31)
     ...     return (m0, -exponent) if m0 < 2**31 else (m0 // 2, -exponent - 1)
     >>> check_multiplier(multiplier)

@@ -47,6 +47,9 @@ body { overflow: visible !important }  /* the body has no height, and axe takes 
 NOT_OURS = (  # rules of axe-core on what no notebook decides
     "link-in-text-block",  # JupyterLab underlines no link in Markdown; links differ by colour from the text around
 )
+HARMLESS = (  # messages of JupyterLab itself that have nothing to do with a figure
+    "favicon.ico",
+)
 LESSON = {"include": [[".jp-Notebook .jp-Cell-outputArea"], [".jp-Notebook .jp-MarkdownOutput"]]}
 
 
@@ -139,6 +142,20 @@ def violations(page, rules=None):
     assert any(rule["id"] == "color-contrast" and rule["nodes"] for rule in found["passes"]), "axe has seen no text"
     return [f"{rule['id']}: {node['html'][:200]}\n    {node['target']}\n    {node['failureSummary']}"
             for rule in found["violations"] if rule["impact"] in ("serious", "critical") for node in rule["nodes"]]
+
+
+def errors_of_the_console(page):
+    """What the browser's console says of errors, from now on."""
+    messages = []
+
+    def hear(text):
+        if not any(known in text for known in HARMLESS):
+            messages.append(text)
+
+    page.on("pageerror", lambda error: hear(str(error)))
+    page.on("console", lambda message: hear(f"{message.text} {message.location.get('url', '')}")
+            if message.type == "error" else None)
+    return messages
 
 
 def ask_kernel(page, code):

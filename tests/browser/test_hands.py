@@ -212,9 +212,11 @@ def test_the_cursor_and_the_tip_tell_what_is_there(box):
     box.page.wait_for_function("tip => tip.textContent === 'x = 1.70'", arg=tip.element_handle())
 
 
-@pytest.mark.parametrize("late", [300, 1500])
-def test_a_late_browser(box, late):
-    """Chips, new limits, coupled sliders and a drag: the last word is the hand's, and then there is rest."""
+def test_a_late_browser(box, late=600):
+    """Chips, new limits, coupled sliders and a drag: the last word is the hand's, and then there is rest.
+
+    A message and its answer take longer than a second.
+    """
     box.page.evaluate("late => { window.late = late; }", late)
     box.output.get_by_role("button", name="tiny").click()
     box.wait_for(alpha=-0.3, beta=0.3)

@@ -4,7 +4,8 @@ import nbformat
 import pytest
 
 from tests.browser.lab import KERNEL_READY, ask_kernel, chromium, jupyterlab, open_notebook, run_all
-from tests.browser.test_browser import NOTEBOOKS, Figure
+from tests.browser.test_browser import Figure
+from tests.browser.test_lessons import NOTEBOOKS
 
 LESSON = "03_clipping_and_calibration.ipynb"
 ANSWER = """def clipping_error(x, alpha, beta):
@@ -78,7 +79,7 @@ def test_the_kernel_is_restarted_in_mid_drag(page, folder):
         assert_the_lesson_runs(page, OPEN_QUESTION)
 
 
-def test_the_page_is_reloaded(page, folder):
+def test_the_page_is_reloaded_and_the_server_started_again(page, folder):
     with jupyterlab(folder) as address:
         open_notebook(page, address, LESSON)
         assert run_all(page) == []
@@ -87,12 +88,6 @@ def test_the_page_is_reloaded(page, folder):
         page.wait_for_function(KERNEL_READY)
         assert page.evaluate(EXERCISE) == [ANSWER, OPEN_QUESTION]
         assert_the_lesson_runs(page, RIGHT)
-
-
-def test_the_server_is_stopped_and_started(page, folder):
-    with jupyterlab(folder) as address:
-        open_notebook(page, address, LESSON)
-        answer_and_save(page)
     with jupyterlab(folder) as address:
         open_notebook(page, address, LESSON)
         assert page.evaluate(EXERCISE)[0] == ANSWER
