@@ -219,7 +219,7 @@ def simulated(rng, sequences, skew):
 
 @pytest.mark.parametrize(("sequences", "skew"), [(8, False), (8, True), (2, False)])
 def test_intervals_cover_as_often_as_they_say(sequences, skew, monkeypatch):
-    monkeypatch.setattr(evaluation, "_DRAWS", 600)
+    monkeypatch.setattr(evaluation, "_DRAWS", 400)
     rng, true, runs = np.random.default_rng(sequences), float(skew), 200
     found = [evaluation._interval(x, np.ones_like(x), positive=skew)
              for x in (simulated(rng, sequences, skew) for _ in range(runs))]
@@ -230,17 +230,18 @@ def test_intervals_cover_as_often_as_they_say(sequences, skew, monkeypatch):
 
 
 def test_ratio_of_two_divergences_covers_and_pairs(monkeypatch):
-    monkeypatch.setattr(evaluation, "_DRAWS", 600)
+    monkeypatch.setattr(evaluation, "_DRAWS", 400)
     rng, runs = np.random.default_rng(5), 200
     covered, paired, alone = 0, [], []
-    for _ in range(runs):
+    for run in range(runs):
         common = simulated(rng, 8, True)
         one, another = (common * np.exp(rng.normal(0, 0.5, common.shape) - 0.125) for _ in range(2))
         _, low, high = evaluation._interval(0.9 * one, another, positive=True)
         covered += low <= 0.9 <= high
         paired.append(high / low)
-        _, low, high = evaluation._interval(one, np.ones_like(one), positive=True)
-        alone.append(high / low)
+        if run % 10 == 0:
+            _, low, high = evaluation._interval(one, np.ones_like(one), positive=True)
+            alone.append(high / low)
     assert np.median(paired) < np.median(alone) - 0.05
     assert 0.95 - 0.046 <= covered / runs <= 0.95 + 0.046
 

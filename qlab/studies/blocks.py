@@ -68,6 +68,14 @@ ACTIVATIONS = {
     "MXFP4": through(blocks.MXFP4),
     "NVFP4": through(blocks.NVFP4),
 }
+CHIPS = {  # what their matrix units multiply, as documented in November 2026
+    "NVIDIA Ampere (A100), 2020": ("int8", "int4"),
+    "NVIDIA Ada, Hopper (L40S, H100), 2022": ("int8", "FP8"),
+    "NVIDIA Blackwell (B200), 2024": ("int8", "FP8", "MXFP8", "MXFP6", "MXFP4", "NVFP4"),
+    "AMD CDNA 3 (MI300X), 2023": ("int8", "FP8 without −0"),
+    "AMD CDNA 4 (MI355X), 2025": ("int8", "FP8", "MXFP8", "MXFP6", "MXFP4"),
+    "Intel Xeon with AMX, 2023": ("int8",),
+}
 ROWS = (
     *product(["weights"], WEIGHTS, ["as it is"]), *product(["activations"], ACTIVATIONS, ["as it is"]),
     *product(["weights"], list(WEIGHTS)[:-1], ["rotated"]),
