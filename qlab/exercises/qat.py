@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 
 from qlab import samples
-from qlab.exercises.checking import Case, check, recorded
+from qlab.exercises.checking import Case, check, is_empty, recorded
 from qlab.exercises.predicting import Option, Question
 
 PREDICTIONS = {
@@ -25,12 +25,10 @@ PREDICTIONS = {
             Option("more than 95 %", lambda accuracy: accuracy > 95),
         ), move="Run the training, and wait for its last step."),
     "more floats": Question(
-        "Trained on in floats, then 3 bits by PTQ with MSE ranges:", (
-            Option("no better than before", lambda means: means[1] <= means[0] + 2,
-                   "Compare the rows “PTQ, MSE” and “more floats, PTQ, MSE”."),
-            Option("better, but not as good as LSQ", lambda means: means[0] + 2 < means[1] < means[2] - 2),
-            Option("as good as LSQ", lambda means: means[1] >= means[2] - 2,
-                   "Compare the rows “more floats, PTQ, MSE” and “QAT, LSQ”. Do their seeds overlap?"),
+        "Trained on in floats, and then 3 bits by PTQ:", (
+            Option("its best seed reaches the worst of LSQ", lambda right: right[0] >= right[1],
+                   "Compare the row “more floats, PTQ, MSE” with that of LSQ: the most of one, the least of the other."),
+            Option("no seed reaches any of LSQ", lambda right: right[0] < right[1]),
         )),
     "PACT at 2 bits": Question(
         "PACT at 2 bits, with the weights' ranges fixed by MSE:", (
@@ -126,7 +124,7 @@ def _values_or_gradient(function, asked, x, *arguments):
     x = torch.tensor(x, dtype=torch.float32, requires_grad=True)
     with torch.enable_grad():
         try:
-            answer = function(x, *arguments)
+            answer = ... if is_empty(function) else function(x, *arguments)
         except RuntimeError as error:
             if "numpy()" not in str(error):
                 raise
