@@ -20,14 +20,14 @@ PREDICTIONS = {
     "training at 3 bits": Question(
         "With 3 bits, training ends at", (
             Option("less than 90 %", lambda accuracy: accuracy < 90,
-                   "That is what the best of PTQ had, and PTQ cannot move the weights to the levels."),
+                   "That is what the best of PTQ had. But PTQ cannot move weights to the levels."),
             Option("90 to 95 %", lambda accuracy: 90 <= accuracy <= 95, "Read the accuracy at the last step."),
             Option("more than 95 %", lambda accuracy: accuracy > 95),
         ), move="Run the training, and wait for its last step."),
     "more floats": Question(
         "Trained on in floats, and then 3 bits by PTQ:", (
             Option("its best seed reaches the worst of LSQ", lambda right: right[0] >= right[1],
-                   "Compare the row “more floats, PTQ, MSE” with that of LSQ: the most of one, the least of the other."),
+                   "Compare the most of the row “more floats, PTQ, MSE” with the least of LSQ."),
             Option("no seed reaches any of LSQ", lambda right: right[0] < right[1]),
         )),
     "PACT at 2 bits": Question(
