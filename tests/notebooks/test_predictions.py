@@ -57,8 +57,8 @@ def asked(cells):
     code = [cell.source for cell in cells if cell.cell_type == "code" and "long" not in cell.metadata.get("tags", [])]
     last = max(place for place, source in enumerate(code) if ASKS.search(source))
     scope = {"__name__": "__main__"}
-    for source in code[:last + 1]:  # one epoch of a training, in a plain loop, is enough here
-        exec(source.replace("async for", "for").replace("epochs=20", "epochs=1"), scope)
+    for source in code[:last + 1]:  # without the training: its end is in a table that ships
+        exec(source.replace("async for _ in run:", "for _ in ():"), scope)
     yield dict(checking.ASKED)
     checking.ASKED.clear()
     checking.ASKED.update(before)
