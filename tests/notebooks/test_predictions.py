@@ -29,6 +29,7 @@ MOVES = {  # prediction: what takes its figure to where the answer shows
     "where the sum is least": {"beta": 0.52},
     "two free ends": {"linked": False, "alpha": -0.34, "beta": 0.73},
     "ten million": {"beta": 0.52},
+    "most dB at 4.5 bits": {"format": "NVFP4"},
 }
 
 
