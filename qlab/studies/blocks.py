@@ -85,9 +85,9 @@ ROWS = (  # of the kind, the name and the place
 )
 PAIRS = (  # of names: the first divided by the second, at the same place
     ("weights", "NVFP4", "MXFP4"), ("weights", "NVFP4", "int4 absmax, 32"), ("weights", "NVFP4", "Q4_0"),
-    ("weights", "NF4, 64", "MXFP4"), ("weights", "NF4, 64", "int4 zero-point, 64"),
-    ("weights", "NVFP4", "int4 zero-point, 64"), ("weights", "NVFP4", "NF4, 64"),
-    ("weights", "Q4_0", "int4 absmax, 32"), ("activations", "FP8, tensor", "int8, tensor"),
+    ("weights", "NF4, 64", "MXFP4"), ("weights", "int4 zero-point, 64", "MXFP4"),
+    ("weights", "int4 absmax, 32", "MXFP4"), ("weights", "Q4_0", "MXFP4"), ("weights", "NVFP4", "NF4, 64"),
+    ("activations", "FP8, tensor", "int8, tensor"),
     ("activations", "NVFP4", "MXFP4"), ("activations", "NVFP4", "int4, token"),
 )
 

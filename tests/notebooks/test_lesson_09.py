@@ -1,6 +1,7 @@
-"""What lesson 09 ranks is what its printed intervals resolve; what it says of libraries is what the tests have found."""
+"""What lesson 09 ranks is what its printed intervals resolve; its versions are those of the golden file."""
 
 import json
+from itertools import product
 from pathlib import Path
 
 import nbformat
@@ -35,11 +36,10 @@ def of(line, occurrence=0):
 def test_as_it_is_nvfp4_is_ahead_of_all_at_4_5_bits_and_mxfp4_last():
     for other in ("Q4_0", "int4 absmax, 32", "NF4, 64"):
         assert all(below_1(of(f"NVFP4 / {other}")))
-    rows = {name: of(f"{name} as it is") for name in ("MXFP4", "NVFP4", "NF4, 64", "int4 zero-point, 64", "Q4_0")}
-    for name in set(rows) - {"MXFP4"}:
-        assert all(low > high for (_, low, _), (_, _, high) in zip(rows["MXFP4"], rows[name], strict=True))
-    assert all(value < 0.781 + 0.005 for value, *_ in of("NVFP4 / Q4_0"))
-    assert all(a < b for (a, *_), (b, *_) in zip(of("NVFP4 / int4 absmax, 32"), of("NVFP4 / Q4_0"), strict=True))
+    assert all(below_1(of("int4 absmax, 32 / MXFP4")))
+    table = study.load()
+    for name, text in product(list(study.WEIGHTS)[1:-1], study.JUDGED):
+        assert study.contrast(table, f"weights, {name}, as it is", "weights, MXFP4, as it is", text).kl_high < 1
 
 
 def test_after_the_rotation_most_of_it_is_not_resolved():
@@ -58,7 +58,8 @@ def test_every_format_is_worse_after_the_rotation_by_these_factors():
     assert (round(min(c.kl for c in found), 1), round(max(c.kl for c in found), 1)) == (1.6, 3.3)
     for text in study.JUDGED:
         folded = study.contrast(table, "weights, NVFP4, folded", "weights, NVFP4, as it is", text).kl
-        assert folded < 1.3 < 1.9 < study.contrast(table, "weights, NVFP4, rotated", "weights, NVFP4, folded", text).kl
+        rotated = study.contrast(table, "weights, NVFP4, rotated", "weights, NVFP4, folded", text).kl
+        assert 1.6 * folded < rotated
 
 
 def test_a_rotation_helps_rows_and_harms_nvfp4():
