@@ -131,6 +131,32 @@ def products():
     return {place: tuple(_stored(file, name).astype(np.float32) for name in "xw") for place, file in files.items()}
 
 
+def largest_weights():
+    """How far the whole matrices at the places of `products` reach, before and after smoothing.
+
+    Returns
+    -------
+    dict of (layer, site) to (columns, values, at), float32, float32 and int64
+        ``columns`` (channels,): the largest |W| over all matrices that read the place, such as q, k and v. ``values``
+        and ``at`` (outputs, few): of each row of the matrix in `products`, |W| and column of what can be the row's
+        largest, for every s of `qlab.smoothquant` of these x: the largest of W s is that of ``values * s[at]``.
+
+    References
+    ----------
+    `qlab.studies.smoothquant` made the file.
+
+    Examples
+    --------
+    >>> columns, values, at = largest_weights()[12, "attn_in"]
+    >>> columns.shape, len(values) == len(at) == 576
+    ((576,), True)
+    """
+    return {(layer, site): (*(_stored("smoothing.npz", f"{layer}_{site}_{name}").astype(np.float32)
+                              for name in ("columns", "values")),
+                            _stored("smoothing.npz", f"{layer}_{site}_at").astype(np.int64))
+            for layer, site in _PRODUCTS}
+
+
 def path(name):
     """Path of a file that ships with the samples, such as "quantize_linear.onnx": a model of one QuantizeLinear node.
 
