@@ -29,6 +29,8 @@ MOVES = {  # prediction: what takes its figure to where the answer shows
     "where the sum is least": {"beta": 0.52},
     "two free ends": {"linked": False, "alpha": -0.34, "beta": 0.73},
     "ten million": {"beta": 0.52},
+    "best alpha": {"direction": "X / s, W · s"},
+    "the slides' direction": {"direction": "X · s, W / s (slides)"},
 }
 
 
