@@ -25,7 +25,7 @@ PREDICTIONS = {
                "Compare the whole curve with the dashed line."),
         Option("worse than off for every α", lambda errors: errors[0] > errors[1]),
     ), move="Choose the direction X · s, W / s (slides)."),
-    "which pair": Question("In this model, in static 8 bits, the divergence falls most by", (  # what is left of it, each
+    "which pair": Question("In this model, in static 8 bits, the divergence falls most by", (  # what each leaves of it
         Option("the paper's two pairs", lambda left: left[0] < left[1] / 1.5,
                "Remember where lesson 05 found the harm, and which site the pairs do not touch."),
         Option("the pair up → down", lambda left: left[1] < left[0] / 1.5),

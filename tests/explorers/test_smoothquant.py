@@ -93,7 +93,8 @@ def assert_reads_and_shows(explorer, x, w, whole=None):
 
     *three, curve = panels_of(explorer)
     columns = whole[0] if whole else np.abs(w).max(0)
-    for panel, was, peaks in zip(three, (np.abs(x).max(0), columns, before_rows), (x_peaks, w_peaks, rows), strict=True):
+    was_peaks = np.abs(x).max(0), columns, before_rows
+    for panel, was, peaks in zip(three, was_peaks, (x_peaks, w_peaks, rows), strict=True):
         before, after = panel.lines
         np.testing.assert_allclose(before.get_ydata(), was, rtol=1e-6)
         np.testing.assert_allclose(after.get_ydata(), peaks, rtol=1e-5)

@@ -78,7 +78,8 @@ def test_levels():
     for (one, _), (other, _) in zip(per_token, per_tensor, strict=True):
         assert other[2] < one[1]
     (dynamic, *_), (static, *_) = (intervals("06", f"{name} on prose: KL") for name in ("O2, smoothed", "α 0.7"))
-    assert dynamic[2] / dynamic[1] < 1.5 < 2 < static[2] / static[1]
+    assert dynamic[2] / dynamic[1] < 1.5
+    assert static[2] / static[1] > 2
 
 
 def test_the_needles_own_remedy():
