@@ -37,7 +37,9 @@ MOVES = {  # prediction: what takes its figure to where the answer shows
 def lessons():
     for path in NOTEBOOKS:
         cells = nbformat.read(path, as_version=4).cells
-        if any(ASKS.search(cell.source) for cell in cells if cell.cell_type == "code"):
+        code = [cell.source for cell in cells if cell.cell_type == "code"]
+        # Those with the language model take minutes. nbval runs them, where a prediction without one right option fails.
+        if any(map(ASKS.search, code)) and not any("smollm.load(" in source for source in code):
             yield pytest.param(cells, id=path.stem[:2])
 
 
