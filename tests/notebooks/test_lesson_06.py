@@ -92,7 +92,9 @@ def test_the_needles_own_remedy():
 def test_the_circle():
     assert all(kl[2] < 0.5 for kl, _ in printed("int8, smoothed / int8"))
     assert all(kl[2] < 0.25 for kl, _ in printed("int8, smoothed, down in float / int8, smoothed"))
-    assert not any(lower(kl) or higher(kl) for kl, _ in printed("int8, smoothed, one scale per matrix / int8"))
+    per_matrix = printed("int8, smoothed, one scale per matrix / int8")
+    assert not any(lower(kl) or higher(kl) for kl, _ in per_matrix)
+    assert [higher(perplexity) for _, perplexity in per_matrix] == [True, False, False]
 
 
 @pytest.fixture(scope="module")
