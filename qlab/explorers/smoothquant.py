@@ -91,7 +91,7 @@ def smoothing(places=None, bits=8):
     >>> explorer = smoothing()
     >>> before = explorer.readout["output_error_percent"]
     >>> explorer.set(direction="X / s, W · s", alpha=0.45)
-    >>> explorer.readout["output_error_percent"] < before / 3
+    >>> explorer.readout["output_error_percent"] < before / 2
     True
     """
     of_the_model = places is None
