@@ -2,7 +2,7 @@
 
 The sources, and the scripts that made the files:
 
-- ``smollm2.npz``, ``outliers_*.npz``: activations and weights of SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0);
+- ``smollm2.npz``, ``outliers_*.npz``, ``smoothing.npz``: activations and weights of SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0);
   `qlab.samples.extract`.
 - ``digits.npz``: images of hand-written digits, and two deep networks trained on them for this course. The images are
   a part of the UCI data set "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak 1998,
