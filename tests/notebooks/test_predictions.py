@@ -34,6 +34,8 @@ MOVES = {  # prediction: what takes its figure to where the answer shows
     "one layer alone": {"weight_bits": 3, "activation_bits": 3, "weights": "per tensor"},
     "training at 3 bits": {"step": 460},
     "most dB at 4.5 bits": {"format": "NVFP4"},
+    "best alpha": {"direction": "X / s, W · s"},
+    "the slides' direction": {"direction": "X · s, W / s (slides)"},
 }
 
 
