@@ -290,7 +290,7 @@ def rotation(places=None, bits=4, rotations=None, gains=None):
     37.9
     >>> explorer.set(rotate="Hadamard")
     >>> round(explorer.readout["output_error_percent"], 1)
-    17.8
+    10.6
     """
     gains = _checked_gains(places, samples.gains() if places is None and gains is None else gains)
     places, given = checked_places(places), {}
@@ -540,16 +540,16 @@ class watch_rotation(Watching):
     Examples
     --------
     >>> import torch
-    >>> from qlab.spinquant import ProxyInputs, learn_rotation, output_error, proxy_loss
+    >>> from qlab.spinquant import ProxyInputs, learn_rotation, proxy_loss
     >>> x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([9.0, 1.0, 1.0, 1.0])
     >>> inputs, start = ProxyInputs(x, torch.ones(200)), torch.eye(4)
     >>> def measure(r):
     ...     r = start if r is None else r
-    ...     return proxy_loss(r, inputs).item(), output_error(r, {(0, "attn_in"): (x, torch.eye(4))})
+    ...     return proxy_loss(r, inputs).item(), (x @ r).abs().max().item()
     >>> run = watch_rotation(learn_rotation(inputs, start=start, steps=30), measure)
     >>> for step in run:
     ...     pass
-    >>> run.history[0]["output_error_percent"] > run.explorer.readout["output_error_percent"]
+    >>> run.history[0]["held_out"] > run.explorer.readout["held_out"]
     True
     """
 

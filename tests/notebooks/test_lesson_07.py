@@ -2,6 +2,7 @@
 
 import pytest
 
+from qlab.exercises.spinquant import PREDICTIONS
 from qlab.studies import spinquant as study
 from tests.notebooks.measured import intervals
 
@@ -70,3 +71,22 @@ def test_what_is_measured_live_agrees():
     assert low > 1
     turned, as_loaded = (intervals("07", f"4-bit weights, {name}")[0][0] for name in (HADAMARD, "as loaded"))
     assert turned > 1.7 * as_loaded
+
+
+def test_the_predictions_have_the_answers_that_the_tables_give():
+    by_channel = [study.contrast("cache, 3 bits", "keys per channel", "R3", text) for text in TEXTS]
+    folded, loaded = (study.row("weights", method, "prose").kl for method in (HADAMARD, "as loaded"))
+    learned = study.load()["learning"][0]
+    for name, value, answer in (
+        ("a rotation or groups", study.contrast("activations", HADAMARD, "groups of 32", "prose"), "no rotation"),
+        ("four-bit weights, turned", folded / loaded, "twice as large or more"),
+        ("two hundred steps", learned["held_out_after"] / learned["held_out_before"], "by nearly half"),
+        ("keys at 3 bits", by_channel, "keys per channel"),
+    ):
+        question = PREDICTIONS[name]
+        assert question.options[question.answer(value)].text == answer
+
+
+@pytest.mark.parametrize("question", PREDICTIONS.values(), ids=PREDICTIONS)
+def test_a_wrong_choice_is_told_where_to_look(question):
+    assert sorted(bool(option.look) for option in question.options) == [False, True, True]
