@@ -45,7 +45,7 @@ PREDICTIONS = {
                    "Read the line with the ratio: above 1, the first has the larger KL. How many channels share a "
                    "range?"),
             Option("no rotation", lambda contrast: contrast.kl_low > 1),
-            Option("they cannot be told apart", lambda contrast: contrast.kl_low <= 1 <= contrast.kl_high,
+            Option("they cannot be told apart", lambda contrast: not contrast.resolved,
                    "Read the interval of the ratio: it does not hold 1."),
         )),
     "four-bit weights, turned": Question(
@@ -77,7 +77,7 @@ PREDICTIONS = {
             Option("R3", lambda contrasts: min(one.kl_low for one in contrasts) > 1,
                    "R3 spreads the outlier channels. What is left of them if each has its own range? Read the ratios."),
             Option("keys per channel", lambda contrasts: max(one.kl_high for one in contrasts) < 1),
-            Option("neither", lambda contrasts: any(one.kl_low <= 1 <= one.kl_high for one in contrasts),
+            Option("neither", lambda contrasts: not all(one.resolved for one in contrasts),
                    "Read the last line of the 3 bits: does an interval hold 1?"),
         )),
 }
