@@ -46,7 +46,7 @@ def cells(request):
     return request.param
 
 
-@pytest.fixture(scope="module", params=lessons(without="smollm.load()"))
+@pytest.fixture(scope="module", params=lessons(without="smollm.load("))
 def asked(request):
     """The lesson's predictions, after all its cells up to the last of them have run with nothing answered.
 
