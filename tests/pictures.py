@@ -1,4 +1,4 @@
-"""Make the README's pictures, a figure of each lesson and one that is dragged in a browser: ``python -m tests.pictures``."""
+"""Make the README's pictures: each lesson's figure, and one dragged in a browser (``python -m tests.pictures``)."""
 
 import io
 import tempfile
@@ -25,7 +25,7 @@ MOVES = {"03": {"beta": 0.52}, "04": {"weight_bits": 3, "activation_bits": 3}}
 DRAGGED = "from qlab import explorers, samples\nlive = explorers.clipping(samples.load('activations'), bits=4)\nlive"
 GRIP = ".qlab-grip[data-name='β']"
 HAND = """() => { const hand = document.createElement('div');
-  hand.innerHTML = '<svg width="26" height="38"><path d="M2 2v29l7-6 5 11 5-2-5-11h9z" fill="#fff" stroke="#000"/></svg>';
+  hand.innerHTML = '<svg width="26" height="38"><path d="M2 2v29l7-6 5 11 5-2-5-11h9z" fill="#fff" stroke="#000"/>';
   Object.assign(hand.style, { position: 'fixed', zIndex: 99999, pointerEvents: 'none' });
   document.body.append(hand);
   const follow = e => Object.assign(hand.style, { left: `${e.clientX - 2}px`, top: `${e.clientY - 2}px` });
