@@ -34,13 +34,14 @@ from qlab.live import (
 STORED, BY_SIZE = "as stored", "largest H first"
 ROW = "row"
 RANGES = ("min-max", "weighted")
-SHARES = np.arange(8, 41) / 40
+SHARES = np.arange(16, 41) / 40
 _GROUPS = (128, 64, 32, 16)
 _FEWEST = 16  # tokens
 _POINTS = 33  # of a curve
 _ROWS = 16  # that can be told apart, and make a small picture
 _LOOKS = ({"color": BLACK}, {"color": BLUE, "ls": "--"}, {"color": VERMILION, "ls": "-."}, {"color": GREEN, "ls": ":"})
 _SHIFTS = LinearSegmentedColormap.from_list("shifts", [BLUE, "white", VERMILION], N=21)
+_REACH = 15  # pixels, from the pointer to a point
 _ROUNDING = 12**-0.5  # root mean square error of rounding, in steps
 
 
@@ -318,7 +319,7 @@ def clip_search(w=None, x=None, bits=4):
     Returns
     -------
     Explorer
-        Controls ``share`` (of the range of each row or group, 0.2 to 1), ``bits`` and ``group`` ("row", or the columns
+        Controls ``share`` (of the range of each row or group, 0.4 to 1), ``bits`` and ``group`` ("row", or the columns
         that share a scale). The chips go to the share with the least error of one kind, the same for all rows;
         `qlab.gptq.weight_params` searches for each row or group. Parts "curves" and "columns".
 
@@ -331,7 +332,7 @@ def clip_search(w=None, x=None, bits=4):
     --------
     >>> explorer = clip_search()
     >>> before = explorer.readout
-    >>> explorer.press("least weight error")
+    >>> explorer.press("best for weights")
     >>> explorer.readout["weight_sqnr_db"] > before["weight_sqnr_db"]
     True
     >>> explorer.readout["output_error_percent"] > before["output_error_percent"]
@@ -376,15 +377,23 @@ def clip_search(w=None, x=None, bits=4):
         return {"share": float(SHARES[::-1][curves(bits, group)[which, ::-1].argmin()])}
 
     controls = {
-        "share": FloatSlider(1, min=0.2, max=1, step=0.025, description="share", readout_format=".3f",
-                             layout={"width": "340px"}, style={"description_width": "45px"}),
+        "share": FloatSlider(1, min=0.4, max=1, step=0.025, description="share", readout_format=".3f",
+                             layout={"width": "320px"}, style={"description_width": "45px"}),
         "bits": bits_slider(bits), "group": _group_control(w.shape[1]),
     }
+    def hover(axes, x, y, result):
+        if axes is not artists.now.axes:
+            return ""
+        points = axes.transData.transform(np.column_stack([inputs, result.columns]))
+        far = np.hypot(*(points - axes.transData.transform((x, y))).T)
+        i = int(far.argmin())
+        return f"column {i}\ninputs: {inputs[i]:.3g}, error: {result.columns[i]:.1f} %" if far[i] < _REACH else ""
+
     figure, artists = _clip_figure(inputs)
     return Explorer(
         figure, controls, compute, partial(_draw_clip, artists, lambda bits: curves(bits, ROW)[:, -1].max(),
                                            lambda result: columns(1.0, result.bits, ROW)[0]), read,
-        chips={"least weight error": partial(least, 0), "least weighted error": partial(least, 1)},
+        chips={"best for weights": partial(least, 0), "best by diag(H)": partial(least, 1)}, hover=hover,
         handles=[Handle("the share", figure.axes[1], lambda result: (result.share, None),
                         lambda x, y, start: {"share": x})],
         ghost=[artists.now, *artists.dots], main=("output_error_percent", "%"),
@@ -408,7 +417,7 @@ def _clip_figure(inputs):
         now = columns.plot(inputs, unknown, ".", ms=7, color=BLACK, clip_on=False, label="now", **moving)[0]
         columns.legend(loc="lower right", ncols=2, markerscale=2)
         curve.tick_params(labelleft=True)
-        curve.set(title="error of all (%)", xlabel="share of the range", xlim=(SHARES[0] - 0.02, 1.02))
+        curve.set(title="error of the whole (%)", xlabel="share of the range", xlim=(SHARES[0] - 0.02, 1.02))
         looks = (("weights", {"color": BLUE, "ls": "--"}), ("weights, by diag(H)", {"color": PURPLE, "ls": ":"}),
                  ("output", {"color": BLACK}))
         curves = [curve.plot([], [], label=label, **look, **moving)[0] for label, look in looks]
@@ -432,7 +441,7 @@ def _draw_clip(artists, most, whole, result):
 
 
 def _place(share):
-    return round(40 * share) - 8
+    return round(40 * share) - 16
 
 
 # What both share

@@ -252,7 +252,7 @@ def test_the_three_errors_over_the_share_of_the_range(bits, group):
     explorer = put("clip_search", {"bits": bits, "group": group})
     lines = [line for line in explorer.figure.axes[1].lines if len(line.get_xdata()) == len(SHARES)]
     h = np.sqrt(np.square(x, dtype=np.float64).sum(0))
-    for share_of in (1.0, 0.85, 0.2):
+    for share_of in (1.0, 0.85, 0.4):
         explorer.set(share=share_of)
         w_hat = fake_quantize(torch.tensor(w), replace(params, scale=params.scale * share_of)).numpy()
         expected = [percent(np.eye(w.shape[1]), w, w_hat), percent(np.diag(h), w, w_hat), percent(x, w, w_hat)]
@@ -275,9 +275,9 @@ def test_the_three_errors_over_the_share_of_the_range(bits, group):
 def test_the_best_range_of_the_weights_is_not_that_of_the_output():
     explorer = clip_search()
     weights, weighted, output = explorer._result.curves
-    explorer.press("least weight error")
+    explorer.press("best for weights")
     assert values(explorer)["share"] == pytest.approx(SHARES[weights.argmin()])
-    explorer.press("least weighted error")
+    explorer.press("best by diag(H)")
     assert values(explorer)["share"] == pytest.approx(SHARES[weighted.argmin()])
     assert SHARES[weights.argmin()] < SHARES[output.argmin()] < 1
     assert output[weights.argmin()] > output[-1]
@@ -288,4 +288,18 @@ def test_the_share_is_taken_in_the_picture():
     drag(explorer, "the share", (0.71, None), (0.66, None))
     assert values(explorer)["share"] == pytest.approx(0.65)
     drag(explorer, "the share", (0.1, None))
-    assert values(explorer)["share"] == 0.2
+    assert values(explorer)["share"] == 0.4
+
+
+def test_a_column_of_weights_under_the_pointer():
+    explorer = put("clip_search", {"share": 0.8})
+    columns, curve = explorer.figure.axes
+    x, _ = GATE
+    inputs = np.sqrt((x**2).mean(0))
+    largest = int(inputs.argmax())
+    error = columns.lines[1].get_ydata()[largest]
+    explorer._picture.pointer = {"hover": share(explorer, columns, inputs[largest], error)}
+    assert explorer._picture.tip == f"column {largest}\ninputs: {inputs[largest]:.3g}, error: {error:.1f} %"
+    for axes, at in ((columns, (inputs[largest], 1)), (curve, (0.8, 10))):
+        explorer._picture.pointer = {"hover": share(explorer, axes, *at)}
+        assert not explorer._picture.tip
