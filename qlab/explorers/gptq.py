@@ -240,7 +240,7 @@ def _replayed(w, run, columns):
 
 
 def _compensation_figure(rows, n, names):
-    with new_figure(height=420) as figure:
+    with new_figure(height=400) as figure:
         left, right = figure.add_gridspec(1, 2, width_ratios=[1.35, 1])
         cells, profile = left.subgridspec(2, 1, height_ratios=[1.9, 1]).subplots()
         curve = figure.add_subplot(right)
@@ -261,7 +261,8 @@ def _compensation_figure(rows, n, names):
         nearest = [curve.plot([], [], color=look["color"], lw=1, ls=(0, (1, 3)), **moving)[0] for look in looks]
         curves = [curve.plot([], [], label=name, **look, **moving)[0] for name, look in zip(names, looks, strict=True)]
         dots = [curve.plot([], [], "o", ms=10, color=look["color"], clip_on=False, **moving)[0] for look in looks]
-        curve.legend([*curves, nearest[0]], [*names, "to nearest"], loc="lower left", fontsize=12)
+        curve.legend([*curves, nearest[0]], [*names, "to nearest"], loc="upper center", ncols=2, fontsize=12,
+                     frameon=False)
         lines_at = [axes.axvline(0, color=BLACK, lw=2.5, animated=True) for axes in (cells, profile)]
         lines_at.append(curve.axvline(0, color=BLACK, lw=1.2, animated=True))
     return figure, SimpleNamespace(bits=None, stretches=(cells, profile), rows=range(rows), image=image, done=done,
@@ -406,7 +407,7 @@ def clip_search(w=None, x=None, bits=4):
 
 
 def _clip_figure(inputs):
-    with new_figure(height=420) as figure:
+    with new_figure(height=370) as figure:
         columns, curve = figure.subplots(1, 2, width_ratios=[1, 1.2], sharey=True)
         live = inputs[inputs > 0]
         moving = {"animated": True, "scalex": False, "scaley": False}
@@ -414,7 +415,7 @@ def _clip_figure(inputs):
                     xlim=(live.min() / 1.5, live.max() * 1.5))
         unknown = np.full_like(inputs, np.nan)
         whole = columns.plot(inputs, unknown, ".", ms=5, color=GREY, label="whole range")[0]
-        now = columns.plot(inputs, unknown, ".", ms=7, color=BLACK, clip_on=False, label="now", **moving)[0]
+        now = columns.plot(inputs, unknown, ".", ms=5, color=BLACK, clip_on=False, label="now", **moving)[0]
         columns.legend(loc="lower right", ncols=2, markerscale=2)
         curve.tick_params(labelleft=True)
         curve.set(title="error of the whole (%)", xlabel="share of the range", xlim=(SHARES[0] - 0.02, 1.02))
@@ -423,7 +424,7 @@ def _clip_figure(inputs):
         curves = [curve.plot([], [], label=label, **look, **moving)[0] for label, look in looks]
         dots = [curve.plot([], [], "o", ms=10, color=look["color"], clip_on=False, **moving)[0] for _, look in looks]
         line = curve.axvline(1, color=ORANGE, lw=1.5, animated=True)
-        curve.legend(loc="lower left")
+        curve.legend(loc="lower left", fontsize=12)
     return figure, SimpleNamespace(bits=None, whole=whole, now=now, curves=curves, dots=dots, line=line)
 
 
