@@ -105,6 +105,8 @@ class Explorer:
         While a hand holds a control, they leave a faint copy where they were before.
     main : tuple of str, optional
         Name in ``readout`` and unit of the figure's main number: its change stands beside it as long as the ghost.
+    parts : dict of str to artists, optional
+        What `veil` can hide by its name.
     arrange : function, optional
         ``arrange(controls, chips) -> widget`` that holds all of them; by default they stand in one wrapping row.
     title : str
@@ -144,7 +146,7 @@ class Explorer:
     """
 
     def __init__(self, figure, controls, compute, draw, read, *, title, description, chips=None, couple=None,
-                 arrange=None, handles=(), hover=None, ghost=(), main=None):
+                 arrange=None, handles=(), hover=None, ghost=(), main=None, parts=None):
         self.figure, self.controls, self.title, self.description = figure, dict(controls), title, description
         self.readout, self.errors = {}, []
         self._state = {name: control.value for name, control in self.controls.items()}
@@ -154,7 +156,8 @@ class Explorer:
         self._pixels = Pixels(figure)
         self._result, self._undo, self._quiet = None, [], False
         self._grasp, self._before, self._start = None, None, None
-        self._hidden, self._until = set(), ()
+        self._hidden, self._until, self._parts = set(), (), dict(parts or {})
+        self._followers = []
         self._chip_values = dict(chips or {})
         self.chips = {label: widgets.Button(description=label, layout={"width": "auto"}) for label in self._chip_values}
 
@@ -209,22 +212,34 @@ class Explorer:
         self._step({name: dict(traits) for name, traits in self._began.items()}, couple=False)
 
     def veil(self, *hidden, until=()):
-        """Hide artists, axes, and numbers by their name in `readout`, before the learner has thought about them.
+        """Hide artists, axes, and parts and numbers by their names, before the learner has thought about them.
 
         Until `unveil`, or a hand moves one of the controls named in ``until``.
         """
-        unknown = [name for name in hidden if not isinstance(name, Artist) and name not in self.readout]
+        names = {*self._parts, *self.readout}
+        unknown = [name for name in hidden if not isinstance(name, Artist) and name not in names]
         if unknown:
-            raise ValueError(f"hidden must be artists or names of {', '.join(self.readout)}, got {unknown[0]!r}")
+            allowed = ", ".join([*self._parts, *self.readout])
+            raise ValueError(f"hidden must be artists or names of {allowed}, got {unknown[0]!r}")
         with LOCK:
             self._until = tuple(until)
-            self._pixels.veil(part for part in hidden if isinstance(part, Artist))
+            parts = [self._parts.get(part, ()) if isinstance(part, str) else [part] for part in hidden]
+            self._pixels.veil(artist for artists in parts for artist in artists)
             self._hidden = {part for part in hidden if isinstance(part, str)}
             self._show()
 
     def unveil(self):
         """Show all that `veil` has hidden."""
         self.veil()
+
+    def follow(self, function):
+        """Call ``function()`` after each step, from now on."""
+        self._followers.append(function)
+
+    @property
+    def shown(self):
+        """The values of the controls, and the numbers of `readout`, by their names."""
+        return self._state | self.readout
 
     def png(self):
         """The picture as it is now: bytes of a PNG file."""
@@ -313,6 +328,8 @@ class Explorer:
                 self._result, self.readout = result, readout
                 self._undo.clear()
                 self._show("")
+                for function in self._followers:
+                    function()
             except Exception as error:
                 self._undo.clear()
                 self._fail(error)

@@ -27,7 +27,7 @@ FLOORS = {
     "picture": 5, "handles": 5, "live": 5, "explorers": 5, "exercises": 5,
 }
 OF_OTHERS = {"extra_repr", "add_param_group"}  # names that torch calls
-AT_HAND = {"logits_scale", "unveil"}  # an integer network's logits as real numbers; what ends a veil
+AT_HAND = {"logits_scale"}  # an integer network's logits as real numbers
 TEST_AND_CLASS = {"nbval"}  # of the extra "test": what a class runs, too
 SOURCES = sorted((ROOT / "qlab").rglob("*.py"))
 MACHINE_PATH = re.compile(r"(?<![\w.~:/)}>*$-])/(?:work|root|tmp|home|Users|mnt|opt)/\w|\b[A-Z]:\\Users")

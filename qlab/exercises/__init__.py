@@ -3,9 +3,11 @@
 Each ``check_…(function)`` runs the function on a tiny case first and says what was expected and what came; then on
 further ones, real data among them. A wrong answer that a known misconception would give is told which one it is. A
 function that still returns None (or ``...``, or a tuple with one of them) is not answered yet, which is no error: a
-notebook runs to its end with open exercises. `summary` lists which checks have passed.
+notebook runs to its end with open exercises. `summary` lists which checks have passed, and how predictions went.
 
-The module of a check has the name of the core module that the exercise is about.
+`predict` asks a question whose answer the lesson computes. `reveal` shows a teacher the answers.
+
+The module of a check, or of a prediction, has the name of the core module that the exercise is about.
 
 Integers are compared exactly. Real data has no value so near a tie that float32 and float64 round it apart.
 """
@@ -14,11 +16,59 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from qlab.exercises.checking import summary
+from qlab.exercises.predicting import ask, reveal
 
+_MODULES = [import_module(f"qlab.exercises.{module}")
+            for module in sorted(module.name for module in iter_modules(__path__))]
 _CHECKS = {
-    name: value
-    for module in sorted(module.name for module in iter_modules(__path__))
-    for name, value in vars(import_module(f"qlab.exercises.{module}")).items() if name.startswith("check_")
+    name: value for module in _MODULES for name, value in vars(module).items() if name.startswith("check_")
+}
+QUESTIONS = {
+    name: question for module in _MODULES for name, question in getattr(module, "PREDICTIONS", {}).items()
 }
 globals().update(_CHECKS)
-__all__ = ["summary", *_CHECKS]  # noqa: PLE0604
+__all__ = ["predict", "reveal", "summary", *_CHECKS]  # noqa: PLE0604
+
+
+def predict(name, answer, *, figure=None, veil=(), when=None):
+    """Ask a question; the learner commits to an answer before it can be seen.
+
+    Nothing is computed twice and nothing waits: unanswered, a notebook runs to its end. Asked again, when its cell is
+    run again, a prediction keeps what was committed to.
+
+    Parameters
+    ----------
+    name : str
+        Of one of the questions in ``PREDICTIONS`` of the modules of `qlab.exercises`.
+    answer : object
+        What the lesson has computed. It must make exactly one option right.
+    figure : Explorer, optional
+        The figure that shows the answer.
+    veil : sequence of artists, or names of the figure's parts and numbers
+        What answers the question there. It is hidden until the learner commits.
+    when : function, optional
+        ``when(shown) -> bool``, of the figure's controls and numbers by name: whether the figure now shows the answer.
+        The verdict waits for that. Without it, the verdict comes at once.
+
+    Returns
+    -------
+    Prediction
+        The notebook shows it. ``commit(choice)`` does in code what a button does.
+
+    Raises
+    ------
+    ValueError
+        If there is no such question, or ``answer`` makes no option right, or more than one.
+
+    Examples
+    --------
+    >>> prediction = predict("sum in FP16", 256.0)
+    >>> prediction
+    … not answered yet: (a) a little off, (b) about half, (c) not even 300
+    >>> prediction.commit("not even 300")
+    >>> prediction
+    ✓ Right: (c) not even 300.
+    """
+    if name not in QUESTIONS:
+        raise ValueError(f"name must be one of {', '.join(QUESTIONS)}, got {name!r}")
+    return ask(QUESTIONS[name], name, answer, figure=figure, veil=veil, when=when)

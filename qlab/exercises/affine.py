@@ -4,7 +4,124 @@ import numpy as np
 
 from qlab import samples
 from qlab.exercises.checking import Case, check, recorded
+from qlab.exercises.predicting import Number, Option, Question
 
+PREDICTIONS = {
+    "codes of 0": Question(
+        "How many of the seven numbers get the code 0?", (
+            Option("one", lambda n: n == 1,
+                   "That is the number that is 0. A level takes all numbers that lie nearer to it than to any other."),
+            Option("two", lambda n: n == 2,
+                   "Which numbers lie within half a step of 0? With 2 bits, half a step is half of 10.8."),
+            Option("four", lambda n: n == 4,
+                   "Count the numbers that lie within half a step of 0: half of 10.8."),
+        ), move="Press “seven numbers” in the figure, drag bits to 2, and read codes."),
+    "signs turned": Number(
+        "1. Where is z after the signs are turned?",
+        "z = −128 − round(α / s), and now α is −10.8 and β is 7.59. The step is as before.",
+        wrong=((23, "That would be the mirror image of −23. Do the codes from −128 to 127 mirror each other?"),
+               (-23, "That was z before. Now the range reaches further below 0 than above, so more codes must lie "
+                     "below z."),
+               (0, "z is 0 with absmax. Is the scheme zero-point?")),
+        move="Type the numbers with their signs turned into data, and choose zero-point."),
+    "one bit less": Question(
+        "2. From 8 bits to 7, the MSE becomes", (
+            Option("twice as large", lambda ratio: ratio < 3, "The step doubles, and so do the errors. The MSE is "
+                   "the mean of their squares."),
+            Option("about four times as large", lambda ratio: 3 <= ratio < 6),
+            Option("about eight times as large", lambda ratio: ratio >= 6, "Twice the error, squared: is that eight?"),
+        ), move="Press “seven numbers”, choose absmax, and take bits from 8 to 7."),
+    "narrow range": Question(
+        "3. In the narrow range,", (
+            Option("−128 is lost, and s grows", lambda pair: pair[0].qmin > pair[1].qmin and
+                   pair[0].scale > pair[1].scale),
+            Option("−128 is lost, and s shrinks", lambda pair: pair[0].qmin > pair[1].qmin and
+                   pair[0].scale < pair[1].scale,
+                   "The same range is shared by one code less. Does a step become wider or narrower?"),
+            Option("127 is lost, and s grows", lambda pair: pair[0].qmax < pair[1].qmax and
+                   pair[0].scale > pair[1].scale,
+                   "Read qmin and qmax under the figure. Narrow makes the two sides alike: which of −128 and 127 has "
+                   "no partner?"),
+        ), move="Press “seven numbers”, choose zero-point, and tick narrow range."),
+    "codes of [1, 2, 3]": Question(
+        "4. Which codes does no number from 1 to 3 get?", (
+            Option("none", lambda share: share == 0,
+                   "The range is widened to hold 0. Which codes lie between 0 and 1?"),
+            Option("about a third of them", lambda share: 0.25 < share < 0.4),
+            Option("about two thirds of them", lambda share: 0.55 < share < 0.75,
+                   "Two thirds of the range, from 1 to 3, hold the data. What is below?"),
+        ), move="Untick narrow range, choose zero-point, and press “[1, 2, 3]”."),
+    "an end before the data's": Question(
+        "5. With β at 5, which numbers end at the last code?", (
+            Option("10.8 only", lambda n: n == 1, "Every number beyond β is cut down to it. Is 10.8 the only one?"),
+            Option("10.8 and 5.47", lambda n: n == 2),
+            Option("10.8, 5.47 and 3.08", lambda n: n == 3, "3.08 lies inside of the range. Follow its thread."),
+        ), move="Press “seven numbers”, choose zero-point, and take β down to 5."),
+    "gain of zero-point": Question(
+        "At 8 bits, zero-point beats absmax by", (
+            Option("about 6 dB on both", lambda db: min(db) > 4, "The output of tanh reaches from −1 to 1. How many "
+                   "codes does absmax leave empty there?"),
+            Option("about 6 dB on ReLU and next to nothing on tanh", lambda db: db[0] > 4 and db[1] < 1),
+            Option("next to nothing on both", lambda db: max(db) < 1, "ReLU has no negative values. How many of the "
+                   "codes of absmax does it use, and how many bits is that?"),
+        )),
+    "codes of ReLU data": Number(
+        "How many of the 15 codes of absmax are used?",
+        "The codes of absmax go from −7 to 7. Which of them stand for values that ReLU puts out?",
+        wrong=((15, "The codes of absmax go from −7 to 7. Does ReLU put out negative values?"),
+               (7, "Count the code of 0, too."))),
+    "bits for rows": Number(
+        "Bits per weight, with one scale for each row",
+        "A row has 576 weights, which share the 16 bits of one scale; each has 4 bits of its own.",
+        wrong=((4 + 16 / 192, "There are 192 rows, but a row has 576 weights, and these share its scale."),
+               (20, "The 16 bits are shared by all weights of the row."),
+               (4, "Nearly. But the 16 bits of a scale are shared by 576 weights, not by endless many.")),
+        rtol=0.001),
+    "bits for groups": Number(
+        "Bits per weight, with one scale for each group of 32",
+        "Each weight has 4 bits of its own. 32 of them share the 16 bits of a scale.",
+        wrong=((0.5, "That is the scale's share. The weight's own 4 bits come on top."),
+               (20, "The 16 bits are shared by 32 weights."),
+               (4.25, "That is the price of groups of 64.")),
+        rtol=0.001, move="Choose group in the figure, with a group size of 32, and read bits per weight."),
+    "integers or floats": Question(
+        "One scale for the whole matrix. Less error has", (
+            Option("INT4, and INT8", lambda lead: lead[0] > 0.5 and lead[1] > 0.5,
+                   "Most weights lie near 0, in the shape of a bell. With 15 levels up to the largest weight, how "
+                   "many are left for them?"),
+            Option("FP4, and FP8", lambda lead: lead[0] < -0.5 and lead[1] < -0.5,
+                   "FP8 E4M3 has 3 mantissa bits wherever a value lies: its error is a share of the value. How fine "
+                   "are 255 even levels?"),
+            Option("INT4, but FP8", lambda lead: lead[0] > 0.5 and lead[1] < -0.5,
+                   "Which of the two needs its levels near 0 more: one that has 15 of them, or one that has 255?"),
+            Option("FP4, but INT8", lambda lead: lead[0] < -0.5 and lead[1] > 0.5),
+        )),
+    "who wins on what": Question(
+        "With 4 bits, the winner is", (
+            Option("FP4 on both", lambda lead: max(lead) < -0.5,
+                   "Values spread evenly have no crowd near 0. Where are the levels of FP4, and where are the values?"),
+            Option("integers on both", lambda lead: min(lead) > 0.5,
+                   "In groups of 32 the largest of 32 weights sets the scale. The lead of FP4 is smaller then; is it "
+                   "turned around?"),
+            Option("integers on even values, nobody on groups", lambda lead: lead[0] > 0.5 and abs(lead[1]) <= 0.5),
+            Option("integers on even values, FP4 on groups", lambda lead: lead[0] > 0.5 and lead[1] < -0.5,
+                   "Read the row of the groups: by how much does FP4 lead there?"),
+        )),
+    "from layer to layer": Question(
+        "At 8 bits, from the first layer to the ninth, the ratio", (
+            Option("stays", lambda fall: abs(fall) < 1, "Every layer adds an error of its own."),
+            Option("falls by less than 10 dB", lambda fall: 1 <= fall < 10),
+            Option("falls by more than 20 dB", lambda fall: fall > 20,
+                   "Nine errors of about the same size add up to nine times the squared error. How many dB is that?"),
+        )),
+    "one early error": Question(
+        "From where the error is made to the ninth layer, the ratio", (
+            Option("falls", lambda rise: max(rise) < 0, "Compare the two columns of numbers: there, and in layer 9."),
+            Option("stays within 1 dB", lambda rise: -1 <= min(rise) and max(rise) <= 1,
+                   "Compare the two columns of numbers: there, and in layer 9."),
+            Option("rises", lambda rise: min(rise) > 1),
+        )),
+}
 _SEVEN = np.array([5.47, 3.08, -7.59, 0, -1.95, -4.57, 10.8])
 
 _HALF_UP = ("A half goes up here: 0.5 → 1, 2.5 → 3. Quantizers round half to even, as np.rint does: 0.5 → 0, "

@@ -1,10 +1,97 @@
 """Checks of lesson 03: clipping and the choice of the range."""
 
+from itertools import pairwise
+
 import numpy as np
 
 from qlab import calibration, samples
 from qlab.exercises.checking import Case, Verdict, call, check, numbers, recorded, show
+from qlab.exercises.predicting import Option, Question
 
+PREDICTIONS = {
+    "a crowd of 500": Question(
+        "With 500 close values and one 6.0, the smaller MSE has", (
+            Option("the range that covers everything", lambda gain: gain < 0,
+                   "The clipped value still loses 3.5. But by how many values is that loss divided now?"),
+            Option("the range that clips", lambda gain: gain > 0,
+                   "Each value of the crowd gains from the finer step; is that more than the share of the one loss?"),
+        )),
+    "rounding on the way": Question(
+        "As β is pulled inwards, the rounding error", (
+            Option("falls all the way", lambda errors: all(a > b for a, b in pairwise(errors))),
+            Option("rises all the way", lambda errors: all(a < b for a, b in pairwise(errors)),
+                   "As many levels share a shorter range. Do they come closer together or move apart?"),
+            Option("falls, then rises", lambda errors: min(errors) not in (errors[0], errors[-1]),
+                   "That is the sum of both errors. Rounding alone only sees how close together the levels are."),
+        )),
+    "where the sum is least": Question(
+        "At 4 bits, the sum of both errors is least", (
+            Option("at the farthest value", lambda share: share > 0.95,
+                   "Compare mse at both places: 99.4 % of the values lie within ±0.4, and their levels come closer."),
+            Option("below a third of it", lambda share: share < 1 / 3),
+            Option("near one half of it", lambda share: 0.4 < share < 0.6,
+                   "Read beta where mse is least, and divide it by the farthest value, 1.768."),
+        ), move="Pull β in the figure to where mse is least (or press “MSE”)."),
+    "8 bits in place of 4": Question(
+        "With 8 bits in place of 4, the best β moves", (
+            Option("inwards", lambda ratio: ratio < 0.98,
+                   "The step is finer, so rounding costs less. Does it pay more or less then to clip?"),
+            Option("nowhere", lambda ratio: 0.98 <= ratio <= 1.02,
+                   "Rounding costs less with each bit, clipping does not. Can the balance be at the same place?"),
+            Option("outwards", lambda ratio: ratio > 1.02),
+        )),
+    "99.9 %": Question(
+        "At 4 bits, the 99.9 % range is", (
+            Option("narrower than that of MSE", lambda beta: beta["99.9 %"] < beta["MSE"],
+                   "It leaves out 0.1 % of the values. Which share does the MSE range leave out?"),
+            Option("wider than that of MSE, and min-max is the widest",
+                   lambda beta: beta["MSE"] < beta["99.9 %"] < max(beta.values()) == beta["min-max"]),
+            Option("the widest of the five", lambda beta: beta["99.9 %"] == max(beta.values()),
+                   "One of the five leaves out nothing."),
+        )),
+    "99.9 % at 8 bits": Question(
+        "At 8 bits, the MSE of the 99.9 % range, against that of min-max, is", (
+            Option("still less", lambda ratio: ratio < 0.9,
+                   "The best β at 8 bits stands in the last table of section 3. Which of the two ranges is nearer to "
+                   "it?"),
+            Option("about the same", lambda ratio: 0.9 <= ratio <= 1.1,
+                   "The step has become 16 times as fine, but what is clipped stays clipped."),
+            Option("larger", lambda ratio: ratio > 1.1),
+        )),
+    "least KL": Question(
+        "The KL divergence is least for", (
+            Option("the cut after 4 bins, the finest levels", lambda cut: cut == 4,
+                   "After four bins, each level is one bin, but the tail lands in the last of them. What is there in "
+                   "Q?"),
+            Option("a cut in between", lambda cut: 4 < cut < 8),
+            Option("the cut after 8 bins, which clips nothing", lambda cut: cut == 8,
+                   "Nothing is clipped there, but every level stands for two bins: the price of rounding."),
+        )),
+    "two free ends": Question(
+        "With both ends free, the best α is", (
+            Option("−β", lambda ends: abs(ends[0] + ends[1]) < 0.02 * ends[1],
+                   "The data reaches twice as far to the right. Why should the two cuts be at the same distance?"),
+            Option("nearer to 0 than β", lambda ends: -ends[0] < 0.98 * ends[1]),
+            Option("further from 0 than β", lambda ends: -ends[0] > 1.02 * ends[1],
+                   "On which side are the far values?"),
+        ), move="In the figure of section 3, at 4 bits, take the tick out of linked, and press “MSE”."),
+    "ten million": Question(
+        "For ten million values of the same kind, the best β", (
+            Option("moves outwards by half or more", lambda ratio: ratio >= 1.5,
+                   "There are more far values, but also more of the crowd. What has become of the shares?"),
+            Option("hardly moves", lambda ratio: 0.9 < ratio < 1.1),
+            Option("moves inwards by a third or more", lambda ratio: ratio <= 2 / 3,
+                   "There are more values in the crowd, but also more far ones. What has become of the shares?"),
+        ), move="Press “MSE” in the figure."),
+    "new data": Question(
+        "At 8 bits, the static range costs", (
+            Option("nothing", lambda lost: lost < 0.2,
+                   "Few values are outside, but how far? Errors are squared. Read lost db under the figure."),
+            Option("about 1 dB", lambda lost: 0.5 < lost < 2,
+                   "Few values are outside, but how far? Errors are squared. Read lost db under the figure."),
+            Option("about 5 dB", lambda lost: 4 < lost < 6),
+        )),
+}
 _TINY = np.array([-4.0, -1.0, 0.0, 0.5, 2.0, 6.0])
 
 

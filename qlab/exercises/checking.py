@@ -6,6 +6,7 @@ from functools import wraps
 import numpy as np
 
 _LATEST = {}  # the verdict of each check that has run, in the order of their first runs
+ASKED = {}  # the predictions by name, likewise
 
 
 @dataclass(frozen=True)
@@ -21,22 +22,29 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Summary:
-    """The latest verdicts, by name of the check."""
+    """The latest verdicts, by names of checks and of predictions."""
 
     verdicts: dict[str, Verdict]
+    predictions: dict[str, Verdict]
 
     def __repr__(self):
-        if not self.verdicts:
-            return "No exercise was checked yet: run the cells above."
-        width = max(map(len, self.verdicts))
+        width = max(map(len, [*self.verdicts, *self.predictions]), default=0)
         words = {True: "✓ passed", False: "✗ not right yet", None: "… not answered yet"}
         lines = [f"{name:{width}}  {words[verdict.passed]}" for name, verdict in self.verdicts.items()]
-        passed = sum(verdict.passed is True for verdict in self.verdicts.values())
-        return "\n".join([*lines, f"{passed} of {len(lines)} passed"])
+        if lines:
+            lines.append(f"{_passed(self.verdicts)} of {len(lines)} passed")
+        if self.predictions:
+            lines += [f"{name:{width}}  {verdict}" for name, verdict in self.predictions.items()]
+            lines.append(f"{_passed(self.predictions)} of {len(self.predictions)} predicted right at the first try")
+        return "\n".join(lines) or "No exercise was checked yet: run the cells above."
+
+
+def _passed(verdicts):
+    return sum(verdict.passed is True for verdict in verdicts.values())
 
 
 def summary():
-    """What the checks of this notebook said last, since its kernel was started.
+    """What the checks of this notebook said last, and how its predictions went, since its kernel was started.
 
     Examples
     --------
@@ -46,7 +54,7 @@ def summary():
     >>> exercises.summary().verdicts["check_absmax"]
     … Not answered yet.
     """
-    return Summary(dict(_LATEST))
+    return Summary(dict(_LATEST), {name: prediction.verdict() for name, prediction in ASKED.items()})
 
 
 def recorded(check):

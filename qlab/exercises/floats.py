@@ -5,6 +5,86 @@ import struct
 import numpy as np
 
 from qlab.exercises.checking import Case, check, recorded
+from qlab.exercises.predicting import Number, Option, Question
+
+PREDICTIONS = {
+    "exponent bit": Question(
+        "1. The rightmost exponent bit goes from 1 to 0. The value", (
+            Option("loses 1", lambda value: value == -117.625,
+                   "The field holds the power of two. What does one less in the power do to the product above the "
+                   "figure?"),
+            Option("loses 127", lambda value: value == 8.375,
+                   "127 is what was added to the exponent before it was stored. Which bit of the field is this, and "
+                   "what is it worth?"),
+            Option("halves", lambda value: value == -59.3125),
+        ), move="Press “−118.625” in the figure, and click the rightmost exponent bit."),
+    "first mantissa bit": Question(
+        "2. The leftmost mantissa bit goes from 1 to 0. The value changes by", (
+            Option("0.5", lambda change: change == 0.5,
+                   "The bit is worth ½ in 1.m. But 1.m is multiplied by a power of two: which?"),
+            Option("32", lambda change: change == 32),
+            Option("64", lambda change: change == 64,
+                   "2⁶ is what the leading 1 is worth, which is not stored. This is the first bit after the point."),
+        ), move="Press “−118.625” in the figure, and click the leftmost mantissa bit."),
+    "last mantissa bit": Question(
+        "3. The rightmost mantissa bit goes from 0 to 1. It shows in", (
+            Option("the third decimal place", lambda gap: 1e-3 <= gap < 1e-2,
+                   "The bit is worth 2⁻²³ in 1.m, times 2⁶. How many decimal places is that? Ten halvings are about "
+                   "three."),
+            Option("the sixth decimal place", lambda gap: 1e-6 <= gap < 1e-5),
+            Option("the twenty-third decimal place", lambda gap: gap < 1e-22,
+                   "It is the twenty-third *binary* place of 1.m. Ten of those are about three decimal ones."),
+        ), move="Press “−118.625” in the figure, and click the rightmost mantissa bit."),
+    "16,777,216 + 1": Question(
+        "16,777,216 + 1 in FP32 is", (
+            Option("16,777,217", lambda total: float(total) == 16_777_217,
+                   "16,777,216 is 2²⁴. With 23 bits after the leading 1, how far is it to the next number?"),
+            Option("16,777,216", lambda total: float(total) == 16_777_216),
+            Option("infinity", lambda total: total == float("inf"),
+                   "Infinity is what lies beyond the largest number, about 3.4 × 10³⁸. This is far below."),
+        )),
+    "sum in FP16": Question(
+        "Ten thousand times 0.1 in FP16 is", (
+            Option("a little off", lambda total: 900 < total < 1100,
+                   "The errors do not cancel. How far apart are numbers of FP16 at 500? And what becomes of + 0.1 "
+                   "there?"),
+            Option("about half", lambda total: 400 < total < 600,
+                   "The sum stops where 0.1 is less than half the spacing. Where is that, with 10 mantissa bits?"),
+            Option("not even 300", lambda total: total < 300),
+        )),
+    "FP16 or BF16": Question(
+        "Stored better is", (
+            Option("both in FP16", lambda names: names == ("FP16", "FP16"),
+                   "How large is the largest number of FP16, with 5 exponent bits?"),
+            Option("both in BF16", lambda names: names == ("BF16", "BF16"),
+                   "1.01 needs no range. Which of the two has more mantissa bits?"),
+            Option("70,000 in FP16, 1.01 in BF16", lambda names: names == ("FP16", "BF16"),
+                   "It is the other way round: exponent bits give range, mantissa bits precision."),
+            Option("70,000 in BF16, 1.01 in FP16", lambda names: names == ("BF16", "FP16")),
+        )),
+    "numbers of FP4": Number(
+        "How many different numbers does FP4 have?",
+        "Four bits make 2⁴ codes. Does each of them stand for a number of its own?",
+        wrong=((16, "There are 16 codes. Two of them stand for the same number: which?"),
+               (8, "That is one side of the line. The sign bit doubles it, but for one number.")), rtol=0),
+    "two FP8 formats": Question(
+        "The better FP8 format for these weights is", (
+            Option("E5M2", lambda name: name == "FP8 E5M2",
+                   "E5M2 has the larger range, E4M3 one more mantissa bit. After scaling, do the weights need the "
+                   "range?"),
+            Option("E4M3", lambda name: name == "FP8 E4M3"),
+        )),
+    "24 GB": Question(
+        "On 24 GB", (
+            Option("7 billion fit in FP32, 70 billion in FP8", lambda bits: bits == ([32, 16, 8, 4], [8, 4]),
+                   "A weight of 32 bits is 4 bytes, so that 7 billion of them are 28 GB."),
+            Option("7 billion fit from BF16 down, 70 billion in FP4", lambda bits: bits == ([16, 8, 4], [4]),
+                   "A weight of 4 bits is half a byte. How many GB are 70 billion of those?"),
+            Option("7 billion fit from BF16 down, 70 billion in none", lambda bits: bits == ([16, 8, 4], [])),
+            Option("7 billion fit in FP8 and FP4, 70 billion in none", lambda bits: bits == ([8, 4], []),
+                   "A weight of 16 bits is 2 bytes. How many GB are 7 billion of those?"),
+        )),
+}
 
 
 @recorded

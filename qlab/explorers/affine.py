@@ -227,6 +227,7 @@ def mapping(x=SEVEN, bits=8):
             Handle("β", artists.below, lambda result: (result.beta, None), move_end("beta")),
         ],
         ghost=[artists.dots, artists.threads, artists.cut, artists.ends, artists.errors], main=("sqnr_db", "dB"),
+        parts={"threads": [artists.threads, artists.cut, artists.landed]},
         chips={label: lambda jump=jump, **_: jump for label, jump in DATA_CHIPS.items()},
         title="From values to codes",
         description="Above: the real line with the levels of the grid, the integer codes below it, and a thread from "

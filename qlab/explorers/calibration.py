@@ -185,6 +185,7 @@ def clipping(x, bits=4):
         figure, controls, compute, partial(_draw_clipping, artists), read,
         chips={name: partial(jump, name) for name in CALIBRATORS}, couple=couple, handles=handles,
         ghost=[*artists.lines, artists.curves["total"], artists.dots], main=("sqnr_db", "dB"),
+        parts={"curves": artists.curves.values()},
         title=f"Clipping {profile.n:,} values",
         description="Above: histogram of the data, the quantizer's levels as vertical lines, and the clipped tails "
         "shaded. Below: rounding error, clipping error and their sum against the ends of the range; a dot marks the "
@@ -378,6 +379,7 @@ def drift(calibrated_on, new, bits=8):
             Handle("the gain", artists.below, lambda result: (result.gain, None), lambda x, y, start: {"gain": x}),
         ],
         ghost=[artists.dot, artists.here], main=("static_sqnr_db", "dB"),
+        parts={"curves": [artists.static, artists.dynamic, artists.dot]},
         title="A static range meets new data",
         description="Above: histogram of the data that arrives, the calibrated range, and what falls outside of it. "
         "Below: signal-to-noise ratio against the gain of the data, with the static range and with a dynamic one.",

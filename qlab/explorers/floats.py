@@ -231,7 +231,7 @@ def float_bits(value=-118.625, format="FP32"):
             Handle("the number", artists.line, lambda result: (result.stored, 0), move_number),
             Handle("the power of two", artists.reach, lambda result: (_log2(result.stored), None), move_power),
         ],
-        ghost=[artists.dots[artists.line], artists.here],
+        ghost=[artists.dots[artists.line], artists.here], parts={"all numbers": [artists.line]},
         title="The bits of a number",
         description="Above: the three fields, what each stands for, and their product, the value. In the middle: the "
         "number between its two neighbours. Below: all numbers of the format on a line, or the reach of five formats.",

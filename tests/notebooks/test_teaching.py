@@ -75,7 +75,7 @@ def test_the_teachers_moves_show_on_the_figures_of_their_lessons_what_they_are_t
             lesson = where[:2]
             for call in re.findall(r"`(live\w*\..*?)`", move):
                 name = call.split(".")[0]
-                assert sum(source.endswith(f"\n{name}") for source in sources(lesson)) == 1, (lesson, name)
+                assert sum(source.split("\n")[-1] == name for source in sources(lesson)) == 1, (lesson, name)
                 if (lesson, name) not in figures:
                     figures[lesson, name] = LIVE[lesson, name]()
                 figure = figures[lesson, name]
