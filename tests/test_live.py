@@ -48,6 +48,7 @@ class Line:
             "chips": {"steep": lambda **_: {"slope": 3.0}, "broken": self.broken_chip,
                       "too far": lambda **_: {"slope": -1.0, "mirror": 99.0}},
             "title": "A <line>", "description": "A line & its slope.",
+            "parts": {"the line": [self.line]},
         }
         self.explorer = Explorer(self.figure, controls, **(parts | self.more() | changes))
         self.computed.clear()
@@ -446,8 +447,20 @@ def test_a_veil(line):
     line.explorer.veil(line.axes)
     line.explorer.unveil()
     assert line.explorer.png() == shown
-    with pytest.raises(ValueError, match="hidden must be artists or names of slope"):
+    line.explorer.veil("the line")
+    assert line.explorer.png() != shown and "slope: 1" in repr(line.explorer)
+    with pytest.raises(ValueError, match="hidden must be artists or names of the line, slope"):
         line.explorer.veil("nothing")
+
+
+def test_who_follows_is_called_after_each_step_that_succeeds(line):
+    seen = []
+    line.explorer.follow(lambda: seen.append((line.explorer.shown["slope"], line.explorer.shown["mirror"])))
+    line.move(slope=3.0)
+    line.explorer.set(mirror=1.0)
+    with pytest.raises(ValueError, match="mirror"):
+        line.explorer.set(mirror=99.0)
+    assert seen == [(3.0, 0.0), (3.0, 1.0)]
 
 
 @pytest.mark.parametrize("part", ["compute", "draw", "read"])

@@ -16,6 +16,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from qlab.exercises.checking import summary
+from qlab.exercises.drilling import drill
 from qlab.exercises.predicting import ask, reveal
 
 _MODULES = [import_module(f"qlab.exercises.{module}")
@@ -27,7 +28,7 @@ QUESTIONS = {
     name: question for module in _MODULES for name, question in getattr(module, "PREDICTIONS", {}).items()
 }
 globals().update(_CHECKS)
-__all__ = ["predict", "reveal", "summary", *_CHECKS]  # noqa: PLE0604
+__all__ = ["drill", "predict", "reveal", "summary", *_CHECKS]  # noqa: PLE0604
 
 
 def predict(name, answer, *, figure=None, veil=(), when=None):

@@ -145,7 +145,8 @@ class Prediction:
         self._verdict = widgets.HTML()
         self._buttons = []
         choices = self._options() if isinstance(question, Question) else self._field()
-        reveal = widgets.Button(description="Show", tooltip="Show the answer without a prediction")
+        reveal = widgets.Button(description="Show", tooltip="Show the answer without a prediction",
+                                layout={"margin": "2px 2px 2px 24px"})  # apart from the options
         reveal.on_click(lambda _: self.reveal())
         self.widget = widgets.VBox([
             widgets.HTML(f"<style>{_LOOK}</style><b>{html.escape(question.text)}</b>"),

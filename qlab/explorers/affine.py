@@ -227,7 +227,7 @@ def mapping(x=SEVEN, bits=8):
             Handle("β", artists.below, lambda result: (result.beta, None), move_end("beta")),
         ],
         ghost=[artists.dots, artists.threads, artists.cut, artists.ends, artists.errors], main=("sqnr_db", "dB"),
-        parts={"threads": [artists.threads, artists.cut, artists.landed]},
+        parts={"threads": [artists.threads, artists.cut, artists.landed], "errors": [artists.errors]},
         chips={label: lambda jump=jump, **_: jump for label, jump in DATA_CHIPS.items()},
         title="From values to codes",
         description="Above: the real line with the levels of the grid, the integer codes below it, and a thread from "
@@ -567,7 +567,7 @@ def granularity(w, bits=4):
     figure, artists = _granularity_figure(w, sizes[0])
     return Explorer(
         figure, controls, compute, partial(_draw_granularity, artists), read, couple=couple, hover=hover,
-        ghost=[artists.error, artists.ring], main=("sqnr_db", "dB"),
+        ghost=[artists.error, artists.ring], main=("sqnr_db", "dB"), parts={"what a bit buys": [artists.right]},
         title=f"Scales for {w.shape[0]:,} × {w.shape[1]:,} weights",
         description="Left: a heat map of the error, output channels against input channels. Middle: the error of each "
         "output channel beside what a scale of its own would give. Right: signal-to-noise ratio against bits for each "

@@ -127,6 +127,8 @@ def test_an_answer_must_make_one_option_right():
         exercises.predict("sign", np.nan)
     with pytest.raises(ValueError, match="answer of 'The square of 3 is' must be a finite number, got nan"):
         exercises.predict("square", np.nan)
+    with pytest.raises(ValueError, match="got 5, which makes 2 of 2 right"):
+        Question("Q", (Option("some", lambda x: x > 0, "Look."), Option("many", lambda x: x > 4, "Look."))).answer(5)
     assert not checking.ASKED
 
 
