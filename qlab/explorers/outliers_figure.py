@@ -42,8 +42,8 @@ _WHITE, _IN_FLOAT = np.uint8([255, 255, 255, 255]), np.uint8([230, 159, 0, 255])
 def landscape(places=None):
     """Look at activations as a surface over tokens and channels: the picture of the papers on outliers.
 
-    On a logarithmic axis, unlike theirs: beside a massive activation, all else would be flat. What lies below three times
-    the median is.
+    On a logarithmic axis, unlike theirs: beside a massive activation, all else would be flat. Only what lies below
+    three times the median is.
 
     Parameters
     ----------
@@ -330,8 +330,8 @@ def _under_the_pointer(places, axes, x, y, result):
         token = int(np.clip(y, 0, len(sizes) - 1))
         channel = channel_at(axes, x, sizes[token])
         code = f"code {round(float(result.codes[token, channel]) * result.most_codes)} of {result.most_codes}"
-        in_float = result.in_float[channel] or (result.apart and token == 0)
-        return f"channel {channel}, token {token}\n|x| = {sizes[token, channel]:.4g}, {'in float' if in_float else code}"
+        code = "in float" if result.in_float[channel] or (result.apart and token == 0) else code
+        return f"channel {channel}, token {token}\n|x| = {sizes[token, channel]:.4g}, {code}"
     channel = channel_at(axes, x, sizes.max(0))
     least, most = (half[channel] for half in result.half_steps)
     half = f"{least:.3g}" if least == most else f"{least:.3g} to {most:.3g}"
