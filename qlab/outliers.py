@@ -310,8 +310,8 @@ def fp8(x, granularity="tensor", *, group_size=64):
 
     Examples
     --------
-    >>> fp8(torch.tensor([[448.0, 300.0, 0.3, -0.0011]]))[0]
-    tensor([[448.0000, 288.0000,   0.3125,  -0.0020]])
+    >>> fp8(torch.tensor([[448.0, 300.0, -21.0, 1.3]]))[0]
+    tensor([[448.0000, 288.0000, -20.0000,   1.2500]])
     """
     _check_granularity(granularity)
     if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.ndim < 2:

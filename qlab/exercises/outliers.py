@@ -65,7 +65,7 @@ PREDICTIONS = {
     "channels to zero": Question(
         "The model is hurt most without", (
             Option("channel 247", lambda most: most == "channel 247",
-                   "It is the largest single one. But there are four of the others, and they are outliers, too."),
+                   "It is the largest single one. But the others are four, and outliers, too. Compare the four rows."),
             Option("four other outlier channels", lambda most: most == "four others"),
             Option("four random channels", lambda most: most == "four random",
                    "Chosen at random, they are ordinary channels. What did they carry?"),
