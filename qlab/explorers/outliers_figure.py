@@ -125,6 +125,7 @@ def landscape(places=None):
         title="Activations as a surface",
         description="The magnitude of each activation as a height over tokens and channels, on a logarithmic axis. An "
         "outlier channel is a ridge that runs along all tokens; a massive activation is a single needle.",
+        parts={"surface": figure.axes},
     )
 
 
