@@ -410,7 +410,7 @@ def test_fp8_is_that_of_ml_dtypes_and_of_lesson_01(granularity, dtype):
     assert torch.equal(fp8(x.view(2, 3, 32), granularity, group_size=8)[0], x_hat.view(2, 3, 32))
 
 
-@pytest.mark.parametrize("size", [3e38, 1e-38, 1e-44])
+@pytest.mark.parametrize("size", [3e38, 1e-38, 9e-43, 1e-44])
 def test_fp8_at_the_ends_of_the_floats(size):
     x = size * torch.linspace(-1, 1, 64).view(4, 16)
     x_hat, _ = fp8(x)

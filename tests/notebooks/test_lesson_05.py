@@ -83,6 +83,7 @@ def test_clipping_hurts_at_down_in_and_a_percentile_does_at_attn_in():
     assert live.readout["output_error_percent"] == pytest.approx(15, abs=0.5) == pytest.approx(3 * rounding, rel=0.1)
     assert_below(kl("static, per tensor, attn_in"), kl("attn_in clipped to 99.9 %"), factor=3)  # “several times”
     assert (kl("attn_in clipped to 99.5 %")[:, 1] > 2).all()  # “broken”
+    assert (samples.products()[12, "attn_in"][0][:, 247] < 0).mean() > 0.95  # “nearly always negative”
 
 
 def test_what_removing_costs():
