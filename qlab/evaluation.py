@@ -168,8 +168,9 @@ class Contrast:
 class Judge:
     """Compares models with a reference on one text, in little more than the time of one `qlab.smollm.perplexity`.
 
-    The reference is what ``model`` is now, functions that are `inserted` included. What its head receives is kept: 5 MB
-    for 2,048 tokens, where logits would take 400. Logits are computed anew, 128 tokens at a time.
+    The reference is what ``model`` is now, functions that are `inserted` included. What its head receives is kept, and
+    little else: 10 MB for 2,048 tokens, where logits would take 400. For a model with another head, such as a rotated
+    one, the reference's logits are computed anew, 128 tokens at a time.
 
     Parameters
     ----------
@@ -211,10 +212,15 @@ class Judge:
     def __init__(self, model, tokens):
         check_tokens(model, tokens)
         self._tokens, self._head = tokens.clone(), model.head.weight.detach()
+        self._sums = self._head.sum(1)
         self._parts, nll = [], []
         for states, targets in _parts(model, tokens):
-            normaliser, loss, top = _readings(self._logits(states), targets)
-            self._parts.append(_Part(states, normaliser, top))
+            logits = self._logits(states)
+            normaliser, loss, top = _readings(logits, targets)
+            row = None
+            if logits.dtype == self._head.dtype:
+                row = logits.sub_(normaliser[:, None]).exp_() @ self._head
+            self._parts.append(_Part(states, normaliser, top, row))
             nll.append(loss)
         self._nll = self._by_sequence(nll, "model")
         self.perplexity = float(np.exp(self._nll.mean()))
@@ -249,13 +255,17 @@ class Judge:
         if len(other.embedding.weight) != len(self._head):
             raise ValueError(f"other must have the reference's {len(self._head)} tokens, got "
                              f"{len(other.embedding.weight)}")
-        self._check_head()
+        if not torch.allclose(self._head.sum(1), self._sums, rtol=1e-4, atol=1e-4):
+            raise ValueError("the reference's head must stay as it was, got one changed in place: make another Judge")
         nll, divergence, agreement = [], [], []
         for (states, targets), part in zip(_parts(other, self._tokens), self._parts, strict=True):
             theirs = _wide(other.head(states))
             normaliser, loss, top = _readings(theirs, targets)
             nll.append(loss)
-            difference = _mean_difference(self._logits(part.states), theirs, part.normaliser)
+            if part.row is not None and _same(other.head.weight, self._head):
+                difference = ((states - part.states) * part.row).sum(-1)
+            else:
+                difference = _mean_difference(self._logits(part.states), theirs, part.normaliser)
             divergence.append(normaliser - part.normaliser - difference)
             agreement.append(top == part.top)
         nll = self._by_sequence(nll, "other")
@@ -267,12 +277,6 @@ class Judge:
     def _logits(self, states):
         return _wide(F.linear(states, self._head))
 
-    def _check_head(self):
-        part = self._parts[0]
-        now = self._logits(part.states[:1]).logsumexp(-1)
-        if not torch.allclose(now, part.normaliser[:1], rtol=1e-3, atol=1e-3):
-            raise ValueError("the reference's head was changed in place: make another Judge")
-
     def _by_sequence(self, parts, name):
         values = torch.cat(parts).double().view(len(self._tokens), -1)
         if not values.isfinite().all():
@@ -283,11 +287,16 @@ class Judge:
 
 
 class _Part(NamedTuple):
-    """Some tokens in a row, as the reference sees them."""
+    """Some tokens in a row, as the reference sees them.
+
+    ``row`` is the mean of the head's rows under the reference's distribution. A model with the very same head needs no
+    more: Σ p (w · h' − w · h) = (Σ p w) · (h' − h). That saves a quarter of the time.
+    """
 
     states: torch.Tensor
     normaliser: torch.Tensor
     top: torch.Tensor
+    row: torch.Tensor | None
 
 
 def _parts(model, tokens):
@@ -358,7 +367,8 @@ def _block_sums(values):
 
 
 def _excludes_1(low, high):
-    return low > 1 or high < 1
+    """To three decimals, so that no verdict says more than the interval beside it."""
+    return round(low, 3) > 1 or round(high, 3) < 1
 
 
 def _verdict(value, low, high):
@@ -370,6 +380,10 @@ def _with_interval(value, low, high):
     """Three digits of each, and three decimals of what is near 1."""
     value, low, high = (f"{x:.3f}" if 0.5 <= x < 10 else f"{x:#.3g}" for x in (value, low, high))
     return f"{value} [{low}, {high}]"
+
+
+def _same(weight, head):
+    return weight.data_ptr() == head.data_ptr() and weight.dtype == head.dtype and weight.shape == head.shape
 
 
 def _wide(logits):

@@ -188,7 +188,7 @@ class SmolLM(nn.Module):
         """What the head receives, (N, T, 576); ``caches``: a dict for each block, filled and used."""
         past = caches[0]["k"].shape[2] if caches and caches[0] else 0
         x = self.embedding(tokens)
-        rotation = [table.to(x) for table in _rotation(self.sizes, past, tokens.shape[1])]
+        rotation = [table.to(x) for table in rotary_tables(self.sizes, past, tokens.shape[1])]
         for i, block in enumerate(self.blocks):
             x = block(x, rotation, caches[i] if caches is not None else None)
         return self.norm(x)
@@ -200,7 +200,7 @@ class SmolLM(nn.Module):
         return torch.tensor([self.tokenizer.encode(text).ids], dtype=torch.int64)
 
 
-def _rotation(sizes, start, length):
+def rotary_tables(sizes, start, length):
     """Cosine and sine (T, 64) of the rotary embedding for positions from ``start``: Su et al. 2021, section 3.4.2."""
     frequencies = 1.0 / sizes.rope_theta ** (torch.arange(0, sizes.head_dim, 2).float() / sizes.head_dim)
     angles = torch.outer(torch.arange(start, start + length).float(), frequencies).repeat(1, 2)

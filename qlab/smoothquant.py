@@ -119,11 +119,39 @@ def smooth(model, found, alpha=0.5, *, sites=("attn_in", "mlp_in")):
     ----------
     Xiao et al. 2023, section 4 and figure 5.
     """
-    scales = _scales(model, found, alpha, sites)
+    return divided(model, _scales(model, found, alpha, sites))
+
+
+def divided(model, scales):
+    """A copy of the model whose activations are divided by s at some sites, and whose weights there multiplied by it.
+
+    Parameters
+    ----------
+    model : SmolLM
+        As loaded.
+    scales : dict of (layer, site) to float tensor, shape (channels,), > 0
+        s; sites of ``PAIRS``.
+
+    Returns
+    -------
+    SmolLM
+        Computes what ``model`` computes; "smoothed" is added to its ``changes``.
+
+    Raises
+    ------
+    ValueError
+        If the model was changed before or is not a plain one (see `qlab.smollm.reweighted`), there is no such place or
+        no pair for a site, or an s has another shape or a number that is not finite and greater than 0.
+    """
     weights, changed = plain_weights(model), set()
-    for (layer, site), s in scales.items():
+    _check_unchanged(model)
+    for layer, site in check_places(model, scales, PAIRS, "scales must have keys"):
         before, linears = PAIRS[site]
         names = [f"blocks.{layer}.{name}.weight" for name in (before, *linears)]
+        s = real_array(scales[layer, site], f"scales[{(layer, site)!r}]")
+        if tuple(s.shape) != (weights[names[0]].shape[0],) or not bool((s > 0).all()):
+            raise ValueError(f"scales must be of shape {(weights[names[0]].shape[0],)} and greater than 0, got shape "
+                             f"{tuple(s.shape)} and a least value of {float(s.min())} at {(layer, site)!r}")
         changed |= set(names)
         weights[names[0]] = weights[names[0]] / (s if before.endswith("norm") else s[:, None])
         for name in names[1:]:
@@ -159,8 +187,7 @@ def smoothed_statistics(model, found, alpha=0.5, *, sites=("attn_in", "mlp_in"))
 def _scales(model, found, alpha, sites):
     """s for each (layer, site), from the weights as they are."""
     weights, sites = plain_weights(model), list(sites)
-    if model.changes:
-        raise ValueError(f"model must be as loaded, got one that was changed: {', '.join(model.changes)}")
+    _check_unchanged(model)
     for site in sites:
         if site not in PAIRS:
             raise ValueError(f"sites must be of {', '.join(PAIRS)}, got {site!r}")
@@ -176,6 +203,11 @@ def _scales(model, found, alpha, sites):
             columns = torch.cat([weights[f"blocks.{layer}.{name}.weight"] for name in PAIRS[site][1]])
             scales[layer, site] = smoothing_scales(found[layer, site].absmax, columns.abs().amax(0), alphas[site])
     return scales
+
+
+def _check_unchanged(model):
+    if model.changes:
+        raise ValueError(f"model must be as loaded, got one that was changed: {', '.join(model.changes)}")
 
 
 def _check_found(model, found):

@@ -13,21 +13,22 @@ Vectors are rows, as everywhere in torch: a linear layer maps x to x Wᵀ, and a
 """
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from qlab.affine import check_integer, real_array
-from qlab.outliers import capture, dynamic_quantizers
+from qlab.affine import check_integer, fake_quantize, real_array
+from qlab.outliers import capture, dynamic_quantizers, params_of
 from qlab.smollm import READERS, check_model, check_tokens, is_number, plain_weights, reweighted
 from qlab.training import Steps
 
 _PALEY = (12, 20)
 _BUTTERFLIES = 32  # five levels of two-point butterflies in one small product: fewer passes through memory
 _ORTHOGONAL = 1e-4
+_TOKENS_OF_KEYS = 32  # that share the range of a channel
 
 
 def hadamard(n, dtype=torch.float32):
@@ -326,8 +327,8 @@ def online(model, functions=()):
     return functions
 
 
-def kv_quantizers(model, bits, *, r3=False):
-    """Functions for `qlab.smollm.inserted` that quantize what a KV cache stores: a range for each token and head.
+def kv_quantizers(model, bits, *, r3=False, keys="token"):
+    """Functions for `qlab.smollm.inserted` that quantize what a KV cache stores, in the ranges of each head.
 
     Parameters
     ----------
@@ -335,6 +336,10 @@ def kv_quantizers(model, bits, *, r3=False):
     bits : int, 2 to 16
     r3 : bool
         Rotate keys and queries by `fast_hadamard` first. Both are rotated, so that their products stay what they were.
+    keys : {"token", "channel"}
+        What shares a range in the keys: all channels of one token, or one channel of 32 tokens in a row. The second
+        is for whole texts: a token that comes alone, as in `qlab.smollm.generate`, is a block of its own and hardly
+        changes, as KIVI keeps the newest tokens in float. In values, always one token.
 
     Returns
     -------
@@ -344,19 +349,29 @@ def kv_quantizers(model, bits, *, r3=False):
     Raises
     ------
     ValueError
-        If ``bits`` is out of range.
+        If ``bits`` is out of range, or there are no such ``keys``.
 
     References
     ----------
-    Liu et al. 2025, "SpinQuant", section 3.1 (R3); Ashkboos et al. 2024, "QuaRot", section 4.
+    Liu et al. 2025, "SpinQuant", section 3.1 (R3); Ashkboos et al. 2024, "QuaRot", section 4; Liu et al. 2024, "KIVI:
+    a tuning-free asymmetric 2bit quantization for KV cache", section 3 (keys by channel).
     """
     check_model(model)
+    if keys not in ("token", "channel"):
+        raise ValueError(f"keys must be 'token' or 'channel', got {keys!r}")
     layers = range(len(model.blocks))
     functions = dynamic_quantizers("token", bits, places=[(i, site) for i in layers for site in ("keys", "values")])
+    if keys == "channel":
+        functions |= {(i, "keys"): partial(_by_channel, functions[i, "keys"]) for i in layers}
     if r3:
         for i in layers:
             functions |= {(i, "queries"): fast_hadamard, (i, "keys"): chain(fast_hadamard, functions[i, "keys"])}
     return functions
+
+
+def _by_channel(quantizer, x):
+    """Quantize ``x``, shape (..., tokens, channels), in the ranges of each channel of 32 tokens in a row."""
+    return torch.cat([quantizer(block.mT).mT for block in x.split(_TOKENS_OF_KEYS, -2)], -2)
 
 
 def chain(*functions):
@@ -610,6 +625,44 @@ def _check_inputs(inputs):
         raise ValueError(f"inputs must be x of shape (vectors, channels) and weight of shape (vectors,), got "
                          f"{tuple(x.shape)} and {tuple(weight.shape)}")
     return x, weight
+
+
+def output_error(r, products, bits=4):
+    """How wrong layers become when x R is quantized per token: ‖(Q(x R) − x R) Rᵀ Wᵀ‖ / ‖x Wᵀ‖, in percent.
+
+    What `proxy_loss` only expects; weights stay in float.
+
+    Parameters
+    ----------
+    r : float tensor, shape (channels, channels)
+        Orthogonal.
+    products : dict of (layer, site) to pair (x, w)
+        From `qlab.outliers.products`, of a model whose gains are folded.
+    bits : int, 2 to 16
+
+    Returns
+    -------
+    float
+        Mean over all tokens of all places; tokens whose products are 0 do not count.
+
+    Raises
+    ------
+    ValueError
+        If ``r`` is no rotation of the channels, or ``bits`` is out of range.
+
+    Examples
+    --------
+    >>> x, w = torch.tensor([[15.0, 1.4]]), torch.eye(2)
+    >>> round(output_error(torch.eye(2), {(0, "attn_in"): (x, w)}), 2)
+    2.66
+    """
+    errors = []
+    for x, w in products.values():
+        turned = x @ _check_orthogonal(r, "r", x.shape[1]).to(x)
+        wrong = fake_quantize(turned, params_of(turned, "token", bits)) - turned
+        size = (x @ w.T).norm(dim=1)
+        errors.append(((wrong @ r.T.to(x) @ w.T).norm(dim=1) / size)[size > 0])
+    return 100 * torch.cat(errors).mean().item()
 
 
 def learn_rotation(inputs, *, start, steps=200, lr=1.5, batch_size=4096, seed=0):

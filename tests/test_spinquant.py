@@ -13,8 +13,9 @@ from scipy.linalg import hadamard as sylvester
 from torch import nn
 
 from qlab import explorers, smollm
+from qlab.evaluation import texts
 from qlab.outliers import capture, dynamic_quantizers
-from qlab.smollm import READERS, SITES, reweighted, texts
+from qlab.smollm import READERS, SITES, reweighted
 from qlab.spinquant import (
     CayleySGD,
     ProxyInputs,
@@ -25,6 +26,7 @@ from qlab.spinquant import (
     kv_quantizers,
     learn_rotation,
     online,
+    output_error,
     proxy_inputs,
     proxy_loss,
     random_hadamard,
@@ -323,6 +325,23 @@ def test_kv_quantizers(model, r3):
         torch.testing.assert_close(functions[1, "queries"](x), rotated, rtol=0, atol=1e-11)
     with pytest.raises(ValueError, match="bits must be an integer from 2 to 16, got 1"):
         kv_quantizers(model, 1)
+    with pytest.raises(ValueError, match="keys must be 'token' or 'channel', got 'head'"):
+        kv_quantizers(model, 4, keys="head")
+
+
+@pytest.mark.parametrize("r3", [False, True])
+def test_keys_by_channel(model, r3):
+    functions, x = kv_quantizers(model, 3, r3=r3, keys="channel"), normal(2, 3, 70, 64)
+    rotated, expected = x @ hadamard(64, DOUBLE) / 8 if r3 else x, []
+    for first, last in ((0, 32), (32, 64), (64, 70)):
+        block = rotated[:, :, first:last]
+        low, high = block.amin(-2, keepdim=True).clamp(max=0), block.amax(-2, keepdim=True).clamp(min=0)
+        s = (high - low) / 7
+        z = -(low / s).round()
+        expected.append(s * (((block / s).round() + z).clamp(0, 7) - z))
+    torch.testing.assert_close(functions[1, "keys"](x), torch.cat(expected, 2), rtol=0, atol=1e-11)
+    by_token = kv_quantizers(model, 3, r3=r3)
+    assert torch.equal(functions[1, "values"](x), by_token[1, "values"](x)) and functions.keys() == by_token.keys()
 
 
 # Cayley SGD
@@ -678,32 +697,56 @@ def test_end_to_end_learning_needs_folded_gains(model, tokens):
         learn_end_to_end(model, tokens, r1=R1, r2=random_hadamard(64, 1))
 
 
+def test_output_error_is_the_error_of_the_products():
+    x, w, r = normal(9, 48), normal(5, 48, seed=1), random_orthogonal(48, 2, DOUBLE)
+    x[3] = 0  # counts for nothing
+    turned = (x @ r)[x.any(1)]
+    low, high = turned.amin(1, keepdim=True).clamp(max=0), turned.amax(1, keepdim=True).clamp(min=0)
+    s = (high - low) / 7
+    z = -(low / s).round()
+    x_hat = s * (((turned / s).round() + z).clamp(0, 7) - z) @ r.T
+    expected = 100 * ((x_hat - x[x.any(1)]) @ w.T).norm(dim=1) / (x[x.any(1)] @ w.T).norm(dim=1)
+    assert output_error(r, {(0, "attn_in"): (x, w)}, 3) == pytest.approx(expected.mean().item(), rel=1e-9)
+    both = {(0, "attn_in"): (x, w), (1, "attn_in"): (x[:3], w)}
+    assert output_error(r, both, 3) == pytest.approx(torch.cat([expected, expected[:3]]).mean().item(), rel=1e-9)
+    with pytest.raises(ValueError, match="r must be orthogonal"):
+        output_error(2 * r, both)
+
+
 # The table of lesson 07
 
 
-def test_the_table_says_what_the_lesson_says():
-    table = study.load()
-    found = {}
-    for row in table["rows"]:
-        found.setdefault(row["method"], []).append(row["perplexity"])
-    (none,), end_to_end = found["none"], found[study.END_TO_END]
-    residual, random, orthogonal, learned = (found[method] for method in study.METHODS[1:])
-    assert {len(some) for some in (residual, random, orthogonal, learned, end_to_end)} == {5}
-    assert min(orthogonal) > max(random) > min(random) > max(learned)
-    assert min(learned) < 0.92 * min(random)
-    assert all(proxy < both < start for proxy, both, start in zip(learned, end_to_end, random, strict=True))
-    assert 0.25 < np.mean(np.subtract(random, end_to_end)) / np.mean(np.subtract(random, learned)) < 0.4
-    seconds = [[entry["seconds"] for entry in table[kind]] for kind in ("learning", "end_to_end")]
-    assert min(seconds[1]) > 5 * max(seconds[0])
-    assert none - random[0] > 10 * (random[0] - min(learned))
-    assert table["float32"] < 0.8 * min(learned)
-    assert all(0.5 < entry["held_out_after"] / entry["held_out_before"] < 0.6 for entry in table["learning"])
-    assert max(entry["orthogonality"] for entry in table["learning"]) <= 1e-5
-    for bits in (3, 4):
-        without, turned = (entry["perplexity"] for entry in table["cache"] if entry["bits"] == bits)
-        assert turned < without
+def test_the_table_is_whole_and_a_row_is_the_hull_of_its_seeds():
+    made, texts = study.load(), ("prose", "code", "documentation")
+    for part, methods in study.METHODS.items():
+        for method in methods:
+            seeds = {row["seed"] for row in made["rows"] if (row["part"], row["method"]) == (part, method)}
+            assert seeds == set(range(made["run"]["seeds"] if "R1" in method else 1)), (part, method)
+            for text in texts:
+                found, kl = study.row(part, method, text), [
+                    row["kl"] for row in made["rows"]
+                    if (row["part"], row["method"], row["text"]) == (part, method, text)]
+                assert found.kl_low < min(kl) <= found.kl <= max(kl) < found.kl_high
+                assert found.kl == pytest.approx(np.mean(kl))
+    for part, method, than in study.CONTRASTS:
+        if study.END_TO_END not in (method, than):
+            for text in texts:
+                ratio = study.row(part, method, text).kl / study.row(part, than, text).kl
+                assert study.contrast(part, method, than, text).kl == pytest.approx(ratio, rel=0.1)
+    with pytest.raises(ValueError, match="the table must have rows of weights, smoothed, code"):
+        study.row("weights", "smoothed", "code")
+
+
+def test_the_learned_rotation_is_one():
+    assert all(0.5 < one["held_out_after"] / one["held_out_before"] < 0.6 for one in study.load()["learning"])
     r1 = study.learned_rotation()
     torch.testing.assert_close(r1.T @ r1, torch.eye(576), rtol=0, atol=1e-5)
+    assert not torch.allclose(r1, random_hadamard(576, 0), atol=0.01)
+
+
+def test_r2_differs_between_layers_and_seeds():
+    r2 = study.r2_of(random_hadamard, 1)
+    assert r2.shape == (30, 64, 64) and torch.equal(r2[4], random_hadamard(64, 34))
 
 
 # The real model
@@ -711,7 +754,7 @@ def test_the_table_says_what_the_lesson_says():
 
 def test_the_real_model():
     model = smollm.load(progress=False)
-    tokens = texts(model, 1, 48)[1]
+    tokens = texts(model)["prose"][:1, :48]
     reference = logits(model, tokens)
     folded = fold_gains(model)
     rotated = rotate(folded, random_hadamard(576, 0), random_hadamard(64, 0), r4=True)

@@ -1,5 +1,6 @@
 """The machinery of the checks: call the learner's function, compare, and find the hint that fits."""
 
+import dis
 from dataclasses import dataclass
 from functools import wraps
 
@@ -62,6 +63,7 @@ def recorded(check):
 
     @wraps(check)
     def checked(function):
+        _LATEST[check.__name__] = Verdict(False, "The check did not come to its end.")  # if it is interrupted
         _LATEST[check.__name__] = check(function)
         return _LATEST[check.__name__]
 
@@ -118,9 +120,19 @@ def call(function, arguments, written):
         answer = function(*copies)
     except Exception as error:
         return None, Verdict(False, f"For {written}, your function raised {type(error).__name__}: {error}")
-    if any(part is None or part is ... for part in (answer if isinstance(answer, tuple) else [answer])):
+    if any(part is ... for part in (answer if isinstance(answer, tuple) else [answer])) or is_empty(function):
         return None, Verdict(None, "Not answered yet.")
+    if answer is None:
+        return None, Verdict(False, f"For {written}, your function gave None: it gives what stands after return.")
     return answer, None
+
+
+def is_empty(function):
+    """Whether a function has no statement but ``...`` or pass."""
+    nothing = {"RESUME", "NOP", "LOAD_CONST", "RETURN_VALUE", "RETURN_CONST"}
+    code = getattr(function, "__code__", None)
+    return bool(code) and set(code.co_consts) <= {None, ..., function.__doc__} and (
+        {step.opname for step in dis.get_instructions(code)} <= nothing)
 
 
 def same(answer, expected, rtol):
@@ -174,11 +186,13 @@ def _parts(answer):
 
 
 def _compared(answer, expected):
-    """What was expected and what came; of an array too long to print, also the first number that differs."""
+    """What was expected and what came; the shapes if they differ; of a long array the first number that differs."""
     first = ""
     pairs = zip(expected, _parts(answer), strict=False) if isinstance(expected, tuple) else [(expected, answer)]
     for wanted, came in ((numbers(wanted), numbers(came)) for wanted, came in pairs):
-        if wanted.size > 8 and came is not None and came.shape == wanted.shape and (came != wanted).any():
+        if came is not None and came.shape != wanted.shape:
+            first = f"\n  The shape should be {wanted.shape}, yours is {came.shape}."
+        elif wanted.size > 8 and came is not None and (came != wanted).any():
             wrong = np.flatnonzero(came != wanted)
             first = (f"\n  {wrong.size:,} of {wanted.size:,} numbers differ. The first at index {wrong[0]}: "
                      f"expected {show(wanted.flat[wrong[0]])}, your function gave {show(came.flat[wrong[0]], 12)}.")

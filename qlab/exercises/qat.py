@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 
 from qlab import samples
-from qlab.exercises.checking import Case, check, recorded
+from qlab.exercises.checking import Case, check, is_empty, recorded
 
 
 @recorded
@@ -90,7 +90,7 @@ def _values_or_gradient(function, asked, x, *arguments):
 
     x = torch.tensor(x, dtype=torch.float32, requires_grad=True)
     with torch.enable_grad():
-        answer = function(x, *arguments)
+        answer = ... if is_empty(function) else function(x, *arguments)
         if asked == "x̂":
             return answer.tolist() if isinstance(answer, torch.Tensor) else answer
         if not isinstance(answer, torch.Tensor) or not answer.requires_grad:

@@ -8,6 +8,7 @@ from importlib import import_module
 _FIGURES = {  # each module's: it has the name of the core module, unless that is the name of a figure
     "floats": ("float_bits",),
     "affine": ("granularity", "mapping"),
+    "blocks": ("codebooks",),
     "calibration": ("clipping", "drift"),
     "ptq": ("digits_ptq",),
     "qat_figure": ("qat",),

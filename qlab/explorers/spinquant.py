@@ -9,6 +9,7 @@ import ipywidgets as widgets
 import numpy as np
 import torch
 
+from qlab import samples
 from qlab.affine import QParams, absmax_params, dequantize, fake_quantize, real_array
 from qlab.explorers.parts import bits_slider, paths
 from qlab.explorers.places import channel_at, checked_places, place_control, place_name
@@ -31,13 +32,18 @@ from qlab.outliers import kurtosis, params_of
 from qlab.spinquant import _check_orthogonal, fast_hadamard, random_hadamard, random_orthogonal
 
 NO_AXIS, ONE_AXIS, DIAGONAL = "none", "on one axis", "diagonal"
-NONE, HADAMARD, RANDOM_HADAMARD, RANDOM_ORTHOGONAL = "none", "Hadamard", "random Hadamard", "random orthogonal"
+NONE, FOLDED = "none", "gains folded"
+HADAMARD, RANDOM_HADAMARD, RANDOM_ORTHOGONAL = "Hadamard", "random Hadamard", "random orthogonal"
+BUILT_IN = (NONE, FOLDED, HADAMARD, RANDOM_HADAMARD, RANDOM_ORTHOGONAL)
+WEIGHTS = {"float": None, "8 bits": 8, "4 bits": 4}
 _ANGLES = np.arange(91.0)  # degrees
 _LONG, _SHORT = 5.0, 1.0  # standard deviations along the outlier axis and across
 _MOST_LINES = 64  # of a grid in each direction: more would be a grey area
 _RATIOS = (0.5, 0.7, 1, 1.4, 2)
 _LEAST, _MOST = 0.03, 300.0  # percent: ends of the axis of the output error
-_LEAST_ORTHOGONALITY = 1e-8
+_HEAD = 64  # channels of a head, which is what R2 turns
+_GROUP = 32
+_HELD_OUT = ("held_out", "output_error_percent")
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Rotation2d:
     error: float  # ‖x R − Q(x R)‖ / ‖x‖ in percent
     kurtosis: float
     without: float  # the error at θ = 0
-    curves: tuple  # error, max |x R| and kurtosis at each angle, as multiples of what they are at θ = 0; or empty
+    curves: tuple  # error, max |x R| and kurtosis at each angle, as multiples of what they are at θ = 0
 
 
 def rotation_2d():
@@ -59,8 +65,8 @@ def rotation_2d():
 
     Left, tokens of two channels in the rotated coordinates, x R, with the levels of one absmax grid for both channels
     (up to 6 bits) and the square |x R| ≤ max. Middle, the same tokens and levels turned back by Rᵀ: the tokens are
-    where they were, and the grid stands at an angle. Right, once a control has been moved, the error, max |x R| and the
-    kurtosis at all angles, as multiples of what they are without rotation. The cloud on the left, the grid in the
+    where they were, and the grid stands at an angle. Right, the error, max |x R| and the kurtosis at all angles, as
+    multiples of what they are without rotation ("curves", for a veil). The cloud on the left, the grid in the
     middle and the line on the right are turned and moved by hand.
 
     Returns
@@ -100,9 +106,8 @@ def rotation_2d():
     def compute(*, theta, bits, outlier):
         x, r = clouds[outlier], _turn(theta)
         params = absmax_params(x @ r, bits)
-        moved = (theta, bits, outlier) != start  # before, curves would answer the question that they are to raise
         return Rotation2d(theta, x, r, params, error_percent(x @ r, params), kurtosis(x @ r),
-                          error_percent(x, absmax_params(x, bits)), curves(outlier, bits) if moved else ([], [], []))
+                          error_percent(x, absmax_params(x, bits)), curves(outlier, bits))
 
     def read(result):
         return {"theta": result.theta, "max": float(np.abs(result.x @ result.r).max()), "kurtosis": result.kurtosis,
@@ -111,12 +116,11 @@ def rotation_2d():
     def best(*, bits, outlier, **_):
         return {"theta": float(_ANGLES[curves(outlier, bits)[0].argmin()])}
 
-    start = (0, 4, ONE_AXIS)
     controls = {
-        "theta": FloatSlider(start[0], min=0, max=90, step=1, description="θ (degrees)", readout_format=".0f",
+        "theta": FloatSlider(0, min=0, max=90, step=1, description="θ (degrees)", readout_format=".0f",
                              layout={"width": "380px"}, style={"description_width": "90px"}),
-        "bits": bits_slider(start[1]),
-        "outlier": widgets.ToggleButtons(options=[NO_AXIS, ONE_AXIS, DIAGONAL], value=start[2],
+        "bits": bits_slider(4),
+        "outlier": widgets.ToggleButtons(options=[NO_AXIS, ONE_AXIS, DIAGONAL], value=ONE_AXIS,
                                          style={"button_width": "96px"}),
     }
     figure, artists = _figure_2d(1.12 * max(np.linalg.norm(x, axis=1).max() for x in clouds.values()))
@@ -128,7 +132,7 @@ def rotation_2d():
             Handle("θ", over_angle, lambda result: (result.theta, None), lambda x, y, start: {"theta": x}),
         ],
         ghost=[artists.panels[0].tokens, artists.panels[1].square, artists.now, artists.marker],
-        main=("error_percent", "%"),
+        main=("error_percent", "%"), parts={"curves": [*artists.lines, artists.marker]},
         title="A rotation in front of the quantizer, in two dimensions",
         description="Left, a cloud of tokens turned by the angle θ over the square grid of the quantizer, which "
         "reaches the largest coordinate. Middle, both turned back: the cloud as it was, the grid at an angle. Right, "
@@ -207,7 +211,7 @@ def _draw_2d(artists, result):
         for name, points in shapes.items():
             getattr(panel, name).set_data(*(points @ back).T)
     for line, curve in zip(artists.lines, result.curves, strict=True):
-        line.set_data(_ANGLES[:len(curve)], curve)
+        line.set_data(_ANGLES, curve)
     artists.now.set_xdata([result.theta] * 2)
     artists.marker.set_data([result.theta], [result.error / result.without])
 
@@ -232,17 +236,19 @@ class Rotation:
     turned: Turned
     half_steps: tuple  # least and most
     to_zero: float  # share of the values that become 0
-    output_error: dict  # rotation: ‖(x R − Q(x R)) Rᵀ Wᵀ‖ / ‖x Wᵀ‖ of each token in percent, mean and largest; or
-    #   None where it does not fit. Only "none" until a rotation is chosen
+    output_error: dict  # rotation: ‖Q(x R) Q(W R)ᵀ − x Wᵀ‖ / ‖x Wᵀ‖ of each token in percent, mean and largest; or
+    #   None where it does not fit
 
 
-def rotation(places=None, bits=4, rotations=None):
-    """Explore what a rotation does to the activations of a real layer, and to the layer's error.
+def rotation(places=None, bits=4, rotations=None, gains=None):
+    """Explore what a rotation does to the activations of a real layer, to its weights, and to the layer's error.
 
     Left, the largest |x| of each channel, before (grey) and after the rotation. Middle, how many values have which
     magnitude, before and after. The blue lines are half a step of the grids, the least and the most: what lies below
-    becomes 0. Right, how wrong the layer's output is without a rotation, and with each, once one is chosen. The weights
-    are rotated along and stay in float.
+    becomes 0. Right, how wrong the layer's output is without a rotation, and with each ("bars", for a veil).
+
+    Behind a norm, what is rotated is what R1 rotates: activations divided by the norm's gains, and weights that were
+    multiplied by them. At the input of o each head is turned, as by R2.
 
     Parameters
     ----------
@@ -250,23 +256,27 @@ def rotation(places=None, bits=4, rotations=None):
         Float arrays or tensors: activations (tokens, channels), and rows (outputs, channels) of the weights that they
         meet. By default `qlab.samples.products`.
     bits : int, 2 to 8
-        To start with.
+        Of the activations, to start with.
     rotations : dict of str to float array or tensor, optional
         Further rotations under names of their own: orthogonal matrices (channels, channels) that fit one of the places.
+    gains : dict of (layer, site) to float array or tensor, optional
+        Gains (channels,) of the norms in front of some of ``places``, none of them 0. By default those of
+        `qlab.samples.gains` for its places, and none for others.
 
     Returns
     -------
     Explorer
-        Controls ``place``, ``rotate`` ("none", "Hadamard", "random Hadamard", "random orthogonal" or a name in
-        ``rotations``), ``seed`` of the random ones, ``bits`` and ``granularity`` ("tensor" or "token"). A rotation that
-        does not fit a place has no bar there, and selecting it is an error.
+        Controls ``place``, ``rotate`` ("none", "gains folded", "Hadamard", "random Hadamard", "random orthogonal" or a
+        name in ``rotations``), ``seed`` of the random ones, ``bits`` and ``granularity`` of the activations ("tensor",
+        "token" or "group", of 32 channels), and ``weights`` ("float", "8 bits" or "4 bits", one scale for each row,
+        rounded to nearest). A rotation that does not fit a place has no bar there, and selecting it is an error.
 
     Raises
     ------
     ValueError
         If ``places`` is empty, a matrix has not two dimensions, is empty or has a NaN or infinity, a pair does not fit
-        together, ``bits`` is not from 2 to 8, or one of ``rotations`` has a name that is taken, is not orthogonal or
-        fits no place.
+        together, ``bits`` is not from 2 to 8, one of ``rotations`` has a name that is taken, is not orthogonal or
+        fits no place, or ``gains`` are of no place, do not fit it, or have a 0, a NaN or infinity.
 
     References
     ----------
@@ -280,31 +290,40 @@ def rotation(places=None, bits=4, rotations=None):
     37.9
     >>> explorer.set(rotate="Hadamard")
     >>> round(explorer.readout["output_error_percent"], 1)
-    9.7
+    10.6
     """
+    gains = _checked_gains(places, samples.gains() if places is None and gains is None else gains)
     places, given = checked_places(places), {}
+    widths = {place: _width(place, x.shape[1]) for place, (x, _) in places.items()}
     for name, matrix in _items(rotations):
-        given[name] = _fitting(name, matrix, {x.shape[1] for x, _ in places.values()})
-    names = [NONE, HADAMARD, RANDOM_HADAMARD, RANDOM_ORTHOGONAL, *given]
+        given[name] = _fitting(name, matrix, set(widths.values()))
+    names = [*BUILT_IN, *given]
     outputs = {place: x @ w.T for place, (x, w) in places.items()}
-    scales = {place: _Magnitudes(x) for place, (x, _) in places.items()}
 
-    def rotated(a, rotate, seed):
+    def folded(place):
+        (x, w), gain = places[place], gains.get(place, 1)
+        return x / gain, w * gain
+
+    scales = {place: _Magnitudes(x, folded(place)[0]) for place, (x, _) in places.items()}
+
+    def rotated(a, rotate, seed, n):
         """a R, or a ValueError where there is no R of that size."""
-        n = a.shape[1]
-        if rotate == NONE:
+        if rotate == FOLDED:
             return a
+        a = a.unflatten(1, (-1, n))
         if rotate == HADAMARD:
-            return fast_hadamard(a)
+            return fast_hadamard(a).flatten(1)
         if rotate in given and len(given[rotate]) != n:
             raise ValueError(f"it has {len(given[rotate])} channels, the place has {n}")
-        return a @ (given[rotate] if rotate in given else
-                    random_hadamard(n, seed) if rotate == RANDOM_HADAMARD else random_orthogonal(n, seed))
+        r = (given[rotate] if rotate in given else
+             random_hadamard(n, seed) if rotate == RANDOM_HADAMARD else random_orthogonal(n, seed))
+        return (a @ r).flatten(1)
 
     @lru_cache(32)
     def turned(place, rotate, seed):
         x, w = places[place]
-        x, w = rotated(torch.cat([x, w]), rotate, seed).split([len(x), len(w)])
+        if rotate != NONE:
+            x, w = (rotated(a, rotate, seed, widths[place]) for a in folded(place))
         size = x.abs().numpy()
         return Turned(x, w, size.max(0), np.histogram(size, scales[place].bins)[0], kurtosis(x))
 
@@ -314,18 +333,21 @@ def rotation(places=None, bits=4, rotations=None):
         except ValueError as error:
             return error
 
-    def compute(*, place, rotate, seed, bits, granularity):
+    def compute(*, place, rotate, seed, bits, granularity, weights):
         output, errors = outputs[place], {}
-        for name in names if rotate != NONE else [NONE]:  # the others would answer the question that they are to raise
+        for name in names:
             after = turned_if_it_fits(place, name, seed)
             if isinstance(after, ValueError):
                 if name == rotate:
                     raise ValueError(f"rotation {name!r} does not fit {place_name(place)}: {after}")
                 errors[name] = None
                 continue
-            params = params_of(after.x, granularity, bits)
-            x_hat = fake_quantize(after.x, params)
-            of_tokens = (100 * (x_hat @ after.w.T - output).norm(dim=1) / output.norm(dim=1))[output.any(1)]
+            n = after.x.shape[1]
+            params = params_of(after.x, granularity, bits, group_size=n if n % _GROUP else _GROUP)
+            x_hat, w_hat = fake_quantize(after.x, params), after.w
+            if WEIGHTS[weights]:
+                w_hat = fake_quantize(w_hat, absmax_params(w_hat, WEIGHTS[weights], axis=0))
+            of_tokens = (100 * (x_hat @ w_hat.T - output).norm(dim=1) / output.norm(dim=1))[output.any(1)]
             errors[name] = of_tokens.mean().item(), of_tokens.max().item()
             if name == rotate:
                 chosen, half = after, (params.scale.min().item() / 2, params.scale.max().item() / 2)
@@ -344,20 +366,19 @@ def rotation(places=None, bits=4, rotations=None):
         "seed": IntSlider(0, min=0, max=9, description="seed", disabled=True, layout={"width": "240px"},
                           style={"description_width": "40px"}),
         "bits": bits_slider(bits),
-        "granularity": widgets.ToggleButtons(options=["tensor", "token"], value="token",
+        "granularity": widgets.ToggleButtons(options=["tensor", "token", "group"], value="token",
                                              style={"button_width": "72px"}),
+        "weights": widgets.ToggleButtons(options=list(WEIGHTS), description="weights",
+                                         style={"button_width": "64px", "description_width": "60px"}),
     }
-
-    def couple(name, state):
-        random = state["rotate"] in (RANDOM_HADAMARD, RANDOM_ORTHOGONAL)
-        return {"seed": {"disabled": not random}} if name == "rotate" else {}
 
     figure, artists = _rotation_figure(names)
     before = {place: turned(place, NONE, 0) for place in places}
     return Explorer(
-        figure, controls, compute, partial(_draw_rotation, artists, before, scales), read, couple=couple,
+        figure, controls, compute, partial(_draw_rotation, artists, before, scales), read, couple=_couple,
         hover=partial(_under_the_pointer, before),
         ghost=[artists.after, artists.counts, *artists.halves], main=("output_error_percent", "%"),
+        parts={"bars": [figure.axes[2]]},
         title="Rotations of the activations of a language model",
         description="Left, the largest magnitude of each channel on a logarithmic axis, before a rotation as grey bars "
         "and after it as dots. Middle, how many values have which magnitude, before as a grey area and after as a "
@@ -366,13 +387,38 @@ def rotation(places=None, bits=4, rotations=None):
     )
 
 
+def _couple(name, state):
+    random = state["rotate"] in (RANDOM_HADAMARD, RANDOM_ORTHOGONAL)
+    return {"seed": {"disabled": not random}} if name == "rotate" else {}
+
+
 class _Magnitudes:
     """The axis of |x| at a place: no rotation takes a value beyond the largest norm of a token."""
 
-    def __init__(self, x):
-        self.high = 1.2 * float(x.norm(dim=1).max())
+    def __init__(self, x, folded):
+        self.high = 1.2 * float(max(x.norm(dim=1).max(), folded.norm(dim=1).max()))
         self.low = max(float(x.abs().median()) / 30, 1e-6 * self.high)
         self.bins = np.geomspace(self.low, self.high, 61)
+
+
+def _width(place, channels):
+    """Of what a rotation turns at a place."""
+    return _HEAD if place[1] == "o_in" and channels % _HEAD == 0 else channels
+
+
+def _checked_gains(places, gains):
+    """The gains as float32 tensors; a ValueError unless each fits its place."""
+    gains, known = dict(gains or {}), checked_places(places)
+    for place, given in gains.items():
+        name = f"gains[{place!r}]"
+        if place not in known:
+            raise ValueError(f"gains must be of the places {', '.join(map(str, known))}, got {place!r}")
+        gain = torch.asarray(real_array(given, name), dtype=torch.float32, copy=True, requires_grad=False)
+        if gain.shape != known[place][0].shape[1:] or not gain.all():
+            raise ValueError(f"{name} must be of shape {tuple(known[place][0].shape[1:])} and nowhere 0, got shape "
+                             f"{tuple(gain.shape)}")
+        gains[place] = gain
+    return gains
 
 
 def _items(rotations):
@@ -381,7 +427,7 @@ def _items(rotations):
     except (AttributeError, TypeError, ValueError):
         raise ValueError(f"rotations must be a dict of names to matrices, got {rotations!r:.80}") from None
     for name, _ in items:
-        if not isinstance(name, str) or name in (NONE, HADAMARD, RANDOM_HADAMARD, RANDOM_ORTHOGONAL, ""):
+        if not isinstance(name, str) or name in (*BUILT_IN, ""):
             raise ValueError(f"rotations must have names of their own, got {name!r}")
     return items
 
@@ -456,11 +502,11 @@ def _draw_rotation(artists, before, scales, result):
     artists.worst.set_data(np.clip([worst for _, worst in shown.values()], _LEAST, _MOST),
                            [artists.names.index(name) for name in shown])
     for i, name in enumerate(artists.names):
-        now, error = name == result.rotate, result.output_error.get(name)
+        now, error = name == result.rotate, result.output_error[name]
         mean = _LEAST if error is None else error[0]
         label = f"{mean:.2g} %" if mean < 99.5 else f"{mean:.0f} %"
         if error is None:
-            label = "does not fit" if name in result.output_error else "?"
+            label = "does not fit"
         artists.lines[i].set_data([_LEAST, np.clip(mean, _LEAST, _MOST)], [i, i])
         artists.lines[i].set_color(VERMILION if now else GREY)
         artists.texts[i].set(text=f"{name}: {label}", fontweight="bold" if now else "normal")
@@ -469,15 +515,16 @@ def _draw_rotation(artists, before, scales, result):
 class watch_rotation(Watching):
     """Watch `qlab.spinquant.learn_rotation` while it runs, with a Stop button; otherwise as `watch`.
 
-    Left, the proxy of each step's vectors, and what ``measure`` finds on other vectors. Right, how far the matrix is
-    from orthogonal, max |RᵀR − I|, on a logarithmic axis.
+    Left, the proxy of each step's vectors, and of held-out ones. Right, the error of the layers' output on held-out
+    tokens, which is what the proxy stands for.
 
     Parameters
     ----------
     steps : iterator of RotationStep
         From `qlab.spinquant.learn_rotation`.
     measure : function
-        ``measure(rotation) -> float``, on held-out vectors; ``rotation`` is None before the first step.
+        ``measure(rotation) -> (proxy, error)``, on held-out tokens: two floats, such as `qlab.spinquant.proxy_loss` and
+        `qlab.spinquant.output_error`, in percent. ``rotation`` is None before the first step.
     every : int, ≥ 1
         Steps between two measurements and two pictures.
 
@@ -496,8 +543,10 @@ class watch_rotation(Watching):
     >>> from qlab.spinquant import ProxyInputs, learn_rotation, proxy_loss
     >>> x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([9.0, 1.0, 1.0, 1.0])
     >>> inputs, start = ProxyInputs(x, torch.ones(200)), torch.eye(4)
-    >>> run = watch_rotation(learn_rotation(inputs, start=start, steps=30),
-    ...                      lambda r: proxy_loss(start if r is None else r, inputs).item())
+    >>> def measure(r):
+    ...     r = start if r is None else r
+    ...     return proxy_loss(r, inputs).item(), (x @ r).abs().max().item()
+    >>> run = watch_rotation(learn_rotation(inputs, start=start, steps=30), measure)
     >>> for step in run:
     ...     pass
     >>> run.history[0]["held_out"] > run.explorer.readout["held_out"]
@@ -506,14 +555,18 @@ class watch_rotation(Watching):
 
     def __init__(self, steps, measure, every=10):
         self._rotation = None
-        super().__init__(steps, lambda: {"held_out": float(measure(self._rotation))}, every)
+
+        def held_out():
+            return dict(zip(_HELD_OUT, map(float, measure(self._rotation)), strict=True))
+
+        super().__init__(steps, held_out, every)
 
     def _of_step(self, step):
         self._rotation = step.rotation
         return {"step": step.step, "loss": step.loss, "orthogonality": step.orthogonality}
 
     def _new_explorer(self, controls, arrange):
-        figure, artists = _learning_figure(self._total, self.history[0]["held_out"])
+        figure, artists = _learning_figure(self._total, *(self.history[0][name] for name in _HELD_OUT))
 
         def read(history):
             found = {name: value for record in history for name, value in record.items()}
@@ -522,28 +575,27 @@ class watch_rotation(Watching):
         return Explorer(
             figure, controls, lambda step: [record for record in self.history if record["step"] <= step],
             lambda history: _draw_learning(artists, history), read, arrange=arrange, title="A rotation is learned",
-            description="Left, the proxy of each step and of held-out vectors. Right, the largest entry of RᵀR − I, on "
-            "a logarithmic axis.",
+            description="Left, the proxy of each step and of held-out vectors. Right, the error of the layers' output "
+            "on held-out tokens, in percent.",
         )
 
 
-def _learning_figure(total, start):
+def _learning_figure(total, start, error):
     with new_figure(height=400) as figure:
         left, right = figure.subplots(1, 2, width_ratios=[1.4, 1])
-        most = 1.25 * start if math.isfinite(start) and start > 0 else 1
-        left.set(title="error that the proxy expects", xlabel="step", xlim=(0, total), ylim=(0, most))
+        for axes, title, first in ((left, "error that the proxy expects", start),
+                                   (right, "error of the output, held-out (%)", error)):
+            most = 1.25 * first if math.isfinite(first) and first > 0 else 1
+            axes.set(title=title, xlabel="step", xlim=(0, total), ylim=(0, most))
+            axes.axhline(first, color=ORANGE, ls="--", label="start")
         loss = left.plot([], [], color=GREY, lw=1.2, animated=True, label="these vectors")[0]
         held_out = left.plot([], [], "o-", color=BLUE, animated=True, label="held-out vectors")[0]
-        left.axhline(start, color=ORANGE, ls="--", label="start")
+        errors = right.plot([], [], "o-", color=BLUE, animated=True)[0]
         left.legend(loc="lower left")
-        right.set(title="largest entry of |RᵀR − I|", xlabel="step", xlim=(0, total), yscale="log",
-                  ylim=(_LEAST_ORTHOGONALITY, 1e-2))
-        orthogonality = right.plot([], [], color=BLACK, animated=True)[0]
-    return figure, SimpleNamespace(loss=loss, held_out=held_out, orthogonality=orthogonality)
+    return figure, {"loss": loss, "held_out": held_out, "output_error_percent": errors}
 
 
 def _draw_learning(artists, history):
-    for name in ("loss", "held_out", "orthogonality"):
-        points = np.array([(record["step"], record[name]) for record in history if name in record]).reshape(-1, 2)
-        y = np.maximum(points[:, 1], _LEAST_ORTHOGONALITY)
-        getattr(artists, name).set_data(points[:, 0], y)
+    for name, line in artists.items():
+        line.set_data(*np.array([(record["step"], record[name])
+                                 for record in history if name in record]).reshape(-1, 2).T)

@@ -1,6 +1,6 @@
 """Small real arrays that ship with the package, so that the first lessons need neither torch nor a download.
 
-Two sources, and the scripts that made the files:
+The sources, and the scripts that made the files:
 
 - ``smollm2.npz``, ``outliers_*.npz``: activations and weights of SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0);
   `qlab.samples.extract`.
@@ -8,6 +8,8 @@ Two sources, and the scripts that made the files:
   a part of the UCI data set "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak 1998,
   https://doi.org/10.24432/C50P49, CC BY 4.0), as scikit-learn ships it; `qlab.samples.train_mlp`.
 - ``digits_int8.onnx``: the digits network in 8 bits, as lesson 04 quantizes it, for ONNX Runtime.
+- ``text_*.txt``: what language models are judged and calibrated on (`qlab.evaluation.texts`), from this course and from
+  Python's documentation and library (``text_licence.txt``); `qlab.studies.texts`.
 """
 
 from pathlib import Path
@@ -129,6 +131,23 @@ def products():
     """
     files = {(layer, site): f"outliers_{layer}_{site}.npz" for layer, site in _PRODUCTS}
     return {place: tuple(_stored(file, name).astype(np.float32) for name in "xw") for place, file in files.items()}
+
+
+def gains():
+    """Gains of the RMSNorms in front of two of the places of `products`: x = gain · x̂, and x̂ is what a rotation turns.
+
+    Returns
+    -------
+    dict of (layer, site) to float32 array, shape (576,)
+        Stored as float16, exactly.
+
+    Examples
+    --------
+    >>> {place: gain.shape for place, gain in gains().items()}
+    {(12, 'attn_in'): (576,), (29, 'mlp_in'): (576,)}
+    """
+    return {place: _stored("gains.npz", f"{place[0]}_{place[1]}").astype(np.float32)
+            for place in ((12, "attn_in"), (29, "mlp_in"))}
 
 
 def path(name):

@@ -16,7 +16,8 @@ Why this place: 99.4 % of the values lie within +-0.4, one channel (507) lives n
 shown: the range drifts.  Other prose leaves it much less.
 
 ``outliers_<layer>_<site>.npz`` hold, for four places, ``x``: the activations of the first 64 tokens of the same prose,
-position 0 included, and ``w``: rows of the matrix (attn_in: q) that they meet.
+position 0 included, and ``w``: rows of the matrix (attn_in: q) that they meet.  ``gains.npz`` holds the gains of the
+norms in front of two of them.
 
 The texts ship with Python and can change with its version; the saved files were made with Python 3.11.  The published
 ``smollm2.npz`` comes from an earlier, differently ordered forward pass: of 110,592 activations, 763 differ from what
@@ -69,6 +70,8 @@ def main():
              weights=halves(model.blocks[PLACE[0]].gate.weight[:ROWS]))
     for (layer, site), (x, w) in outliers.products(model, model.encode(PROSE)[:, :64], OUTLIERS, outputs=192).items():
         save(f"outliers_{layer}_{site}.npz", x=halves(x), w=halves(w[:OUTLIERS[layer, site]]))
+    save("gains.npz", **{f"{layer}_{site}": halves(getattr(model.blocks[layer], norm).weight)
+                         for layer, site, norm in ((12, "attn_in", "attn_norm"), (29, "mlp_in", "mlp_norm"))})
 
 
 if __name__ == "__main__":

@@ -1,28 +1,38 @@
-"""Lesson 07's table: rotations of a language model, over kinds and seeds. ``python -m qlab.studies.spinquant``.
+"""Lesson 07's table: rotations of a language model, over kinds, seeds and texts. ``python -m qlab.studies.spinquant``.
 
-For each seed, the command learns one rotation on the proxy and one end to end. It measures perplexities on evaluation
-text, and writes ``spinquant.json`` and the first rotation of the proxy, ``spinquant_r1.safetensors``, beside the
-samples: about forty minutes on two cores. The lesson loads both files and repeats rows.
+For each seed, the command learns a rotation on the proxy, and for some of them another one end to end. A `Judge`
+compares what comes of them, and of methods that do without rotations, with the float model on the three texts of
+`qlab.evaluation`. It writes ``spinquant.json`` and the first rotation of the proxy, ``spinquant_r1.safetensors``,
+beside the samples. The lesson loads both files and repeats some rows.
 
-Weights have 8 bits, one scale for each row; activations 4 bits, dynamic, one range for each token. That is where a
-model of 135 million parameters shows what rotations do: at 8 bits per token little is lost to begin with.
+By default it judges on 16,896 tokens with five seeds: hours on two cores. What ships was made on fewer, by
+
+    python -m qlab.studies.spinquant --sequences 2 --seeds 3 --end-to-end 0
+
+and says so under "run". After each row, what has been found so far is written.
+
+Activations: weights have 8 bits, one scale for each row; activations 4 bits, dynamic, one range for each token. That is
+where a model of 135 million parameters shows what rotations do: at 8 bits per token little is lost to begin with.
+Weights: 4 bits, one scale for each row, rounded to nearest, and activations in float. Cache: keys and values alone.
 """
 
+import argparse
 import json
 import platform
 import time
-from functools import lru_cache, partial
+from functools import partial
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
-from tqdm import tqdm
 
-from qlab import samples, smollm
+from qlab import evaluation, outliers, samples, smollm, smoothquant
 from qlab.affine import check_integer
+from qlab.evaluation import Comparison, Contrast, Judge
 from qlab.outliers import dynamic_quantizers
 from qlab.smollm import check_tokens
 from qlab.spinquant import (
@@ -39,27 +49,98 @@ from qlab.spinquant import (
     rotate,
 )
 
-SEEDS = range(5)
-SEQUENCES, LENGTH = 8, 512
+ACTIVATIONS, WEIGHTS, CACHE_4, CACHE_3 = "activations", "weights", "cache, 4 bits", "cache, 3 bits"
+HADAMARD, LEARNED, END_TO_END = "Hadamard R1 R2 R4", "learned R1, same R2 R4", "end to end R1 R2 R4"
+METHODS = {
+    ACTIVATIONS: ("no rotation", "smoothed", "groups of 32", "Hadamard R1 R2", HADAMARD, "orthogonal R1 R2 R4",
+                  LEARNED),
+    WEIGHTS: ("as loaded", "gains folded", HADAMARD, LEARNED),
+    CACHE_4: ("per token", "R3", "keys per channel"), CACHE_3: ("per token", "R3", "keys per channel"),
+}
+CONTRASTS = (
+    (ACTIVATIONS, HADAMARD, "smoothed"), (ACTIVATIONS, HADAMARD, "Hadamard R1 R2"),
+    (ACTIVATIONS, "orthogonal R1 R2 R4", HADAMARD), (ACTIVATIONS, LEARNED, HADAMARD),
+    (ACTIVATIONS, END_TO_END, HADAMARD), (ACTIVATIONS, END_TO_END, LEARNED),
+    (ACTIVATIONS, HADAMARD, "groups of 32"), (ACTIVATIONS, LEARNED, "groups of 32"),
+    (WEIGHTS, "gains folded", "as loaded"), (WEIGHTS, HADAMARD, "as loaded"), (WEIGHTS, HADAMARD, "gains folded"),
+    (WEIGHTS, LEARNED, HADAMARD), (WEIGHTS, LEARNED, "as loaded"),
+    *((part, *pair) for part in (CACHE_4, CACHE_3)
+      for pair in (("R3", "per token"), ("keys per channel", "R3"))),
+)
 WEIGHT_BITS, BITS = 8, 4
 PER_SITE, STEPS = 1024, 200
-END_TO_END_STEPS, END_TO_END_LENGTH = 60, 256
-CHANNELS, HEAD_DIM = smollm.Sizes.hidden_size, smollm.Sizes.head_dim
-METHODS = ("none", "Hadamard R1 R2", "Hadamard R1 R2 R4", "orthogonal R1 R2 R4", "learned R1, same R2 R4")
-END_TO_END = "end to end R1 R2 R4"
+END_TO_END_STEPS = 60
+CHANNELS, HEAD_DIM, LAYERS = smollm.Sizes.hidden_size, smollm.Sizes.head_dim, smollm.Sizes.num_hidden_layers
+PLACES = tuple(product(range(LAYERS), smollm.SITES))
+_TO_LEARN, _HELD_OUT = slice(8), slice(8, 10)  # sequences of the calibration text
 _JSON = Path(samples.__file__).with_name("spinquant.json")
 _ROTATION = Path(samples.__file__).with_name("spinquant_r1.safetensors")
 
 
 def load():
-    """The table as it is shipped: {"versions": …, "rows": [{"method", "seed", "perplexity"}, …], "cache": […], …}.
+    """The table as it is shipped: {"versions": …, "run": …, "learning": […], "rows": […], "contrasts": […]}.
 
     Examples
     --------
-    >>> sorted(load()["rows"][0])
-    ['method', 'perplexity', 'seed']
+    >>> {"part", "method", "seed", "text", "kl", "kl_low", "kl_high"} < set(load()["rows"][0])
+    True
     """
     return json.loads(_JSON.read_text())
+
+
+def row(part, method, text):
+    """What the table has of a method on one text: the mean over its seeds, and the hull of their intervals.
+
+    Parameters
+    ----------
+    part, method : str
+        As in ``METHODS``; or ``END_TO_END``.
+    text : str, of `qlab.evaluation.TEXTS`
+
+    Returns
+    -------
+    Comparison
+
+    Raises
+    ------
+    ValueError
+        If the table has no such row.
+
+    Examples
+    --------
+    >>> row("weights", "as loaded", "prose").kl < row("weights", "gains folded", "prose").kl
+    True
+    """
+    found = _entries("rows", part=part, method=method, text=text)
+    return Comparison(**_hull(found), agreement=float(np.mean([entry["agreement"] for entry in found])))
+
+
+def contrast(part, method, than, text):
+    """One method of the table against another on one text, seed by seed, put together as by `row`.
+
+    Returns
+    -------
+    Contrast
+
+    Examples
+    --------
+    >>> contrast("activations", "orthogonal R1 R2 R4", "Hadamard R1 R2 R4", "prose").kl > 1
+    True
+    """
+    return Contrast(**_hull(_entries("contrasts", part=part, method=method, than=than, text=text)))
+
+
+def _entries(kind, **wanted):
+    found = [entry for entry in load()[kind] if wanted.items() <= entry.items()]
+    if not found:
+        raise ValueError(f"the table must have {kind} of {', '.join(wanted.values())}, it has none")
+    return found
+
+
+def _hull(entries):
+    return {name: float(of([entry[name] for entry in entries]))
+            for name, of in (("ratio", np.mean), ("low", min), ("high", max),
+                             ("kl", np.mean), ("kl_low", min), ("kl_high", max))}
 
 
 def learned_rotation():
@@ -139,22 +220,51 @@ def learn_end_to_end(model, tokens, *, r1, r2, bits=4, steps=60, lr=1.5, batch_s
     return descend(loss, [r1, *r2], steps=steps, lr=lr, seed=seed)
 
 
+def r2_of(make, seed):
+    """A rotation for the heads of each layer, (30, 64, 64): the paper has one for each layer, too."""
+    return torch.stack([make(HEAD_DIM, LAYERS * seed + layer) for layer in range(LAYERS)])
+
+
 def rotated(folded, method, seed, r1=None):
-    """The model of `fold_gains`, rotated by one of ``METHODS`` but "none"; ``r1`` is that of the learned one."""
-    if method.startswith("Hadamard"):
-        r1 = random_hadamard(CHANNELS, seed)
-    elif method.startswith("orthogonal"):
-        r1 = random_orthogonal(CHANNELS, seed)
+    """The model of `fold_gains`, rotated by one of ``METHODS`` that are rotations; ``r1`` is that of a learned one."""
     make = random_orthogonal if method.startswith("orthogonal") else random_hadamard
-    return rotate(folded, r1, make(HEAD_DIM, seed), r4=method.endswith("R4"))
+    return rotate(folded, make(CHANNELS, seed) if r1 is None else r1, r2_of(make, seed), r4=method.endswith("R4"))
 
 
-def quantized_perplexity(model, tokens):
-    """Of a rotated model, with its weights and activations quantized."""
-    model = smollm.quantize_weights(model, WEIGHT_BITS, per_channel=True)
-    places = [(layer, site) for layer in range(len(model.blocks)) for site in smollm.SITES]
-    with smollm.inserted(model, online(model, dynamic_quantizers("token", BITS, places=places))):
-        return smollm.perplexity(model, tokens)
+class _Table:
+    """Comparisons as they are found; what there is of them is written each time."""
+
+    def __init__(self, judges, **about):
+        self._judges, self._found = judges, {}
+        self._table = about | {"rows": [], "contrasts": []}
+
+    def add(self, part, method, seed, model):
+        """Judge a model on each text, and contrast it with those that came before."""
+        for text, judge in self._judges.items():
+            self._found[part, method, seed, text] = found = judge.compare(model)
+            print(f"{part:14} {method:24} {seed} {text:14} {found}", flush=True)
+            about = {"part": part, "method": method, "seed": seed, "text": text}
+            self._table["rows"].append(about | _numbers(found))
+            for than in (than for *pair, than in CONTRASTS if pair == [part, method]):
+                of_this_seed, of_any = ((part, than, which, text) for which in (seed, 0))
+                other = self._found.get(of_this_seed) or self._found[of_any]
+                self._table["contrasts"].append(about | {"than": than} | _numbers(found.versus(other)))
+        _JSON.write_text(json.dumps(self._table, indent=0) + "\n")
+
+    def add_activations(self, method, seed, model, functions):
+        model = smollm.quantize_weights(model, WEIGHT_BITS, per_channel=True)
+        with smollm.inserted(model, online(model, functions)):
+            self.add(ACTIVATIONS, method, seed, model)
+
+    def add_weights(self, method, seed, model):
+        model = smollm.quantize_weights(model, 4, per_channel=True)
+        with smollm.inserted(model, online(model)):
+            self.add(WEIGHTS, method, seed, model)
+
+
+def _numbers(found):
+    names = ("kl", "kl_low", "kl_high", "ratio", "low", "high", *["agreement"] * isinstance(found, Comparison))
+    return {name: float(f"{getattr(found, name):.4g}") for name in names}
 
 
 def learn(inputs, seed):
@@ -164,53 +274,56 @@ def learn(inputs, seed):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--sequences", type=int, default=22, help="of 256 tokens, of each of three texts")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--end-to-end", type=int, default=5, help="of so many seeds, learn one rotation end to end")
+    run = vars(parser.parse_args())
     model = smollm.load()
-    calibration, evaluation = smollm.texts(model, SEQUENCES, LENGTH)
+    texts = evaluation.texts(model)
+    calibration = texts.pop("calibration")
+    judges = {text: Judge(model, tokens[:run["sequences"]]) for text, tokens in texts.items()}
+    learning, end_to_end = [], []
+    table = _Table(judges, versions={"python": platform.python_version(), "torch": torch.__version__},
+                   run=run | {"length": evaluation.LENGTH}, weight_bits=WEIGHT_BITS, activation_bits=BITS, steps=STEPS,
+                   learning=learning, end_to_end=end_to_end)
+    per_token = dynamic_quantizers("token", BITS, places=PLACES)
+
+    for part, bits in ((CACHE_4, 4), (CACHE_3, 3)):
+        for method, options in zip(METHODS[part], ({}, {"r3": True}, {"keys": "channel"}), strict=True):
+            with smollm.inserted(model, kv_quantizers(model, bits, **options)):
+                table.add(part, method, 0, model)
     folded = fold_gains(model)
-    inputs = proxy_inputs(folded, calibration[:-2], per_site=PER_SITE)
-    held_out = proxy_inputs(folded, calibration[-2:], per_site=PER_SITE)
+    table.add_weights("as loaded", 0, model)
+    table.add_weights("gains folded", 0, folded)
+    table.add_activations("no rotation", 0, model, per_token)
+    table.add_activations("groups of 32", 0, model,
+                          dynamic_quantizers("group", BITS, places=PLACES, group_size=32))
+    found = outliers.statistics(model, calibration[:4])
+    table.add_activations("smoothed", 0, smoothquant.smooth(model, found, 0.7, sites=smoothquant.PAIRS), per_token)
 
-    @lru_cache
-    def learned(seed):
+    inputs, held_out = (proxy_inputs(folded, calibration[part], per_site=PER_SITE) for part in (_TO_LEARN, _HELD_OUT))
+    for seed in range(run["seeds"]):
         start = time.perf_counter()
-        step = learn(inputs, seed)
-        seconds = round(time.perf_counter() - start)
-        proxies = [round(proxy_loss(r, held_out).item(), 2)
-                   for r in (random_hadamard(CHANNELS, seed), step.rotation)]
-        return step, {"seed": seed, "seconds": seconds, "held_out_before": proxies[0], "held_out_after": proxies[1],
-                      "orthogonality": step.orthogonality}
+        r1 = learn(inputs, seed).rotation
+        learning.append({"seed": seed, "seconds": round(time.perf_counter() - start)} | {
+            name: round(proxy_loss(r, held_out).item(), 2)
+            for name, r in (("held_out_before", random_hadamard(CHANNELS, seed)), ("held_out_after", r1))})
+        if seed == 0:
+            save_file({"r1": r1.contiguous()}, _ROTATION)
+        for method in METHODS[ACTIVATIONS][3:]:
+            turned = rotated(folded, method, seed, r1 if method == LEARNED else None)
+            table.add_activations(method, seed, turned, per_token)
+            if method in METHODS[WEIGHTS]:
+                table.add_weights(method, seed, turned)
+            del turned  # half a gigabyte
 
-    rows = []
-    for method, seed in tqdm([("none", 0), *product(METHODS[1:], SEEDS)]):
-        r1 = learned(seed)[0].rotation if method.startswith("learned") else None
-        version = model if method == "none" else rotated(folded, method, seed, r1)
-        value = quantized_perplexity(version, evaluation)
-        rows.append({"method": method, "seed": seed, "perplexity": round(value, 2)})
-        tqdm.write(str(rows[-1]))
-    end_to_end = []
-    for seed in SEEDS:
-        start, r1, r2 = (time.perf_counter(), random_hadamard(CHANNELS, seed),
-                         random_hadamard(HEAD_DIM, seed))
-        *_, last = learn_end_to_end(folded, calibration.reshape(-1, END_TO_END_LENGTH), r1=r1, r2=r2, bits=BITS,
-                                    steps=END_TO_END_STEPS, seed=seed)
+    for seed in range(run["end_to_end"]):
+        start = time.perf_counter()
+        *_, last = learn_end_to_end(folded, calibration[_TO_LEARN], r1=random_hadamard(CHANNELS, seed),
+                                    r2=r2_of(random_hadamard, seed), bits=BITS, steps=END_TO_END_STEPS, seed=seed)
         end_to_end.append({"seed": seed, "steps": END_TO_END_STEPS, "seconds": round(time.perf_counter() - start)})
-        value = quantized_perplexity(rotate(folded, last.rotation, last.r2, r4=True), evaluation)
-        rows.append({"method": END_TO_END, "seed": seed, "perplexity": round(value, 2)})
-        print(rows[-1], end_to_end[-1], flush=True)
-    cache = []
-    for bits in (4, 3):
-        for r3 in (False, True):
-            with smollm.inserted(model, kv_quantizers(model, bits, r3=r3)):
-                cache.append({"bits": bits, "r3": r3, "perplexity": round(smollm.perplexity(model, evaluation), 2)})
-    table = {
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "evaluation": [SEQUENCES, LENGTH], "weight_bits": WEIGHT_BITS, "activation_bits": BITS,
-        "float32": round(smollm.perplexity(model, evaluation), 2), "steps": STEPS,
-        "learning": [learned(seed)[1] for seed in SEEDS], "end_to_end": end_to_end, "rows": rows, "cache": cache,
-    }
-    _JSON.write_text(json.dumps(table, indent=0) + "\n")
-    save_file({"r1": learned(0)[0].rotation.contiguous()}, _ROTATION)
-    print(f"{len(rows)} rows written to {_JSON.name}")
+        table.add_activations(END_TO_END, seed, rotate(folded, last.rotation, last.r2, r4=True), per_token)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ def main():
     print(*search.table(search.measure(10**power) for power in (5, 6, 7)), sep="\n")
     print(f"\nEncoding {encode.SIZE:,} float32 values")
     print(*encode.table(encode.measure()), sep="\n")
+    print(f"\nBlock formats of {encode.SIZE:,} float32 values")
+    print(*encode.table_of_blocks(encode.measure_blocks()), sep="\n")
     print("\nFast Hadamard transform against the matrix product, one thread")
     print(*hadamard.table(hadamard.measure()), sep="\n")
     print("\nLanguage model")

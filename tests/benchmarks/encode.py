@@ -1,4 +1,4 @@
-"""Encoding a million float32 values: `qlab.floats` against the casts of ml_dtypes and of NumPy."""
+"""A million float32 values: `qlab.floats` and `qlab.blocks` against the casts of ml_dtypes and of NumPy."""
 
 import statistics
 import time
@@ -6,6 +6,7 @@ import time
 import ml_dtypes
 import numpy as np
 
+from qlab import blocks
 from qlab.floats import (
     BF16,
     FP4_E2M1,
@@ -48,6 +49,25 @@ def measure(size=SIZE, repeats=REPEATS):
             times[fmt][1].append(casting)
     return [{"format": fmt, "size": size, "encode": statistics.median(encoding), "cast": statistics.median(casting)}
             for fmt, (encoding, casting) in times.items()]
+
+
+def measure_blocks(size=SIZE, repeats=REPEATS):
+    """One row per block format: median seconds of `qlab.blocks.quantize`, and of ml_dtypes' cast to E2M1."""
+    x = np.random.default_rng(0).standard_normal((size // 64, 64), dtype=np.float32)
+    times = {fmt: ([], []) for fmt in blocks.FORMATS}
+    for _ in range(repeats):
+        for fmt, (quantizing, casting) in times.items():
+            quantizing.append(seconds(lambda fmt=fmt: blocks.quantize(x, fmt))[0])
+            casting.append(seconds(lambda: x.astype(ml_dtypes.float4_e2m1fn))[0])
+    return [{"format": fmt, "size": x.size, "quantize": statistics.median(quantizing),
+             "cast": statistics.median(casting)} for fmt, (quantizing, casting) in times.items()]
+
+
+def table_of_blocks(rows):
+    yield f"{'format':>10} {'quantize / cast to E2M1 by ml_dtypes':>38} {'ns a value':>12}"
+    for row in rows:
+        ratio, each = row["quantize"] / row["cast"], 1e9 * row["quantize"] / row["size"]
+        yield f"{row['format'].name:>10} {ratio:>38.1f} {each:>12.1f}"
 
 
 def table(rows):

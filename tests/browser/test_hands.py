@@ -70,6 +70,8 @@ RUN_AGAIN = """async () => { const panel = jupyterapp.shell.currentWidget; panel
 CLOSE_VIEW = """() => { for (const area of ['main', 'down', 'right', 'left'])
   for (const widget of [...jupyterapp.shell.widgets(area)])
     if (widget.title.label === 'Output View') widget.dispose(); }"""
+TWO_FRAMES = """() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(
+  () => setTimeout(done, 100))))"""
 SCROLLED = "() => document.querySelector('.jp-WindowedPanel-outer').scrollTop"
 
 
@@ -100,7 +102,7 @@ class Box(Figure):
         session.send("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": points[:1]})
         for point in points[1:]:
             session.send("Input.dispatchTouchEvent", {"type": "touchMove", "touchPoints": [point]})
-        self.page.wait_for_timeout(100)  # the browser hands on one move in a frame
+        self.page.evaluate(TWO_FRAMES)  # the browser hands on one move in a frame
         session.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
         self.page.wait_for_timeout(100)
         session.detach()

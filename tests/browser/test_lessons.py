@@ -12,7 +12,8 @@ from tests.browser.test_browser import Figure  # which skips this module, too, w
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 LESSONS = sorted(path.name for path in NOTEBOOKS.glob("*.ipynb"))
 VIEWS = """() => Array.from(jupyterapp.shell.currentWidget.content.model.cells).filter(c => c.type === 'code')
-  .flatMap(c => c.sharedModel.outputs).filter(o => o.data?.['application/vnd.jupyter.widget-view+json']).length"""
+  .flatMap(c => c.sharedModel.outputs)
+  .filter(o => o.data?.['application/vnd.jupyter.widget-view+json'] && o.data['image/png']).length"""
 
 
 def without_long_cells(notebook):

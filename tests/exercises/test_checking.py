@@ -36,3 +36,24 @@ def test_the_summary_shows_the_latest_verdict_of_each_check(monkeypatch):
         "check_hadamard  ✗ not right yet", "check_absmax    … not answered yet", "0 of 2 passed"]
     assert repr(exercises.summary()).splitlines() == [
         "check_hadamard  ✓ passed", "check_absmax    … not answered yet", "1 of 2 passed"]
+
+
+def test_where_only_the_shape_is_wrong_the_shapes_are_told():
+    verdict = checking.check(lambda x: x[:, None], [checking.Case("x", (np.arange(3.0),), np.arange(3.0))], [], "")
+    assert "shape should be (3,), yours is (3, 1)" in verdict.text
+
+
+def test_a_check_that_is_interrupted_has_not_passed(monkeypatch):
+    monkeypatch.setattr(checking, "_LATEST", {})
+
+    @checking.recorded
+    def check_something(function):
+        return checking.check(function, [checking.Case("1", (1,), 1)], [], "Right.")
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    assert check_something(lambda x: x).passed
+    with pytest.raises(KeyboardInterrupt):
+        check_something(interrupted)
+    assert exercises.summary().verdicts["check_something"].passed is False

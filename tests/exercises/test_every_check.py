@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from qlab import exercises
+from qlab.exercises import checking
 from tests.exercises.checks import check
 
 NOTEBOOKS = sorted(Path(__file__).parents[2].joinpath("notebooks").glob("*.ipynb"))
@@ -75,6 +76,7 @@ def claimed():
     """(check, wrong idea, hint) of all checks that keep a list of misconceptions."""
     found = []
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checking, "_LATEST", {})  # what comes here is no verdict
         for module in MODULE_OF.values():
             patch.setattr(module, "check", lambda _, cases, misconceptions, *rest, **options: misconceptions,
                           raising=False)
@@ -110,12 +112,25 @@ def test_no_hint_is_hidden_by_another(name, idea, hint):
     assert hint in check(name, mistaken).text
 
 
+def with_a_docstring(*_):
+    """Say what is to be done."""
+    ...  # your code here
+
+
 @pytest.mark.parametrize("name", CHECKS)
-@pytest.mark.parametrize("answer", [None, ..., (None, None), (0.5, ...)])
+@pytest.mark.parametrize("answer", [lambda *_: None, lambda *_: ..., lambda *_: (0.5, ...), with_a_docstring])
 def test_unanswered_is_no_error(name, answer):
-    verdict = check(name, lambda *_: answer)
+    verdict = check(name, answer)
     assert verdict.passed is None
     assert repr(verdict) == "… Not answered yet."
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_forgotten_return_is_told(name):
+    verdict = check(name, lambda *_: [].append(1))
+    assert verdict.passed is False
+    assert "your function gave None" in verdict.text
+    assert check(name, lambda *_: (None, None)).passed is False
 
 
 class Hostile:
@@ -171,7 +186,7 @@ def test_only_the_check_that_needs_torch_imports_it():
         import sys
         from qlab import exercises
         for name in exercises.__all__:
-            if name not in ("check_straight_through", "summary"):
+            if name.startswith("check_") and name != "check_straight_through":
                 getattr(exercises, name)(lambda *_: 0)
         assert "torch" not in sys.modules
         exercises.check_straight_through(lambda *_: 0)

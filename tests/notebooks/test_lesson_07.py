@@ -1,0 +1,92 @@
+"""What lesson 07 says of methods, against the intervals that it prints: on all three texts, or on which."""
+
+import pytest
+
+from qlab.exercises.spinquant import PREDICTIONS
+from qlab.studies import spinquant as study
+from tests.notebooks.measured import intervals
+
+TEXTS = ("prose", "code", "documentation")
+HADAMARD, LEARNED = "Hadamard R1 R2 R4", "learned R1, same R2 R4"
+
+
+def ratios(first, second, times=1):
+    """One interval for each text; as often as the lesson prints the line."""
+    found = intervals("07", f"{first} / {second}")
+    assert len(found) == times * len(TEXTS), (first, second, found)
+    return found
+
+
+@pytest.mark.parametrize("first, second, most", [
+    (HADAMARD, "Hadamard R1 R2", 0.5), (HADAMARD, "smoothed", 0.6),
+])
+def test_the_first_is_nearer_to_float_on_every_text(first, second, most):
+    assert all(value < most and high < 1 for value, _, high in ratios(first, second))
+
+
+@pytest.mark.parametrize("first, second, least", [
+    ("orthogonal R1 R2 R4", HADAMARD, 1.4), (HADAMARD, "groups of 32", 1.9), (LEARNED, "groups of 32", 1.3),
+    ("gains folded", "as loaded", 2), (HADAMARD, "as loaded", 2),
+])
+def test_the_first_is_farther_from_float_on_every_text(first, second, least):
+    assert all(value > least and low > 1 for value, low, _ in ratios(first, second))
+
+
+def test_what_rotating_does_to_folded_weights_is_resolved_on_code_alone():
+    resolved = [high < 1 for _, _, high in ratios(HADAMARD, "gains folded")]
+    assert resolved == [text == "code" for text in TEXTS]
+    assert all(low < 1 for _, low, _ in ratios(HADAMARD, "gains folded"))
+
+
+def test_learning_pays_for_activations_and_is_not_resolved_for_weights():
+    *weights, prose, code, documentation = ratios(LEARNED, HADAMARD, 2)
+    assert all(low < 1 < high for _, low, high in weights)
+    assert all(0.65 < value < 0.75 and high < 1 for value, _, high in (prose, code, documentation))
+
+
+@pytest.mark.parametrize("first, second", [("R3", "per token"), ("keys per channel", "R3")])
+def test_the_cache_at_4_and_at_3_bits(first, second):
+    assert all(0.3 < value < 0.6 and high < 1 for value, _, high in ratios(first, second, 2))
+
+
+def test_learning_is_resolved_by_perplexity_on_code_alone():
+    for text in TEXTS:
+        kl, (_, low, high) = intervals("07", f"{text} KL")
+        assert kl[2] < 1
+        assert low < 1
+        assert (high < 1) == (text == "code")
+
+
+def test_most_of_the_way_was_made_by_the_first_hadamard_matrix():
+    for text in TEXTS:
+        none, hadamard, learned = (study.row("activations", method, text).kl
+                                   for method in ("no rotation", HADAMARD, LEARNED))
+        assert none - hadamard > 10 * (hadamard - learned)
+
+
+def test_what_is_measured_live_agrees():
+    (_, low, _), _ = intervals("07", "the first / the second:")
+    assert low > 1
+    (_, low, _), _ = intervals("07", "4-bit weights, gains folded / as loaded:")
+    assert low > 1
+    turned, as_loaded = (intervals("07", f"4-bit weights, {name}")[0][0] for name in (HADAMARD, "as loaded"))
+    assert turned > 1.7 * as_loaded
+
+
+def test_the_predictions_have_the_answers_that_the_tables_give():
+    by_channel = [study.contrast("cache, 3 bits", "keys per channel", "R3", text) for text in TEXTS]
+    folded, loaded = (study.row("weights", method, "prose").kl for method in (HADAMARD, "as loaded"))
+    learned = study.load()["learning"][0]
+    for name, value, answer in (
+        ("a rotation or groups", study.contrast("activations", HADAMARD, "groups of 32", "prose"), "no rotation"),
+        ("four-bit weights, turned", folded / loaded, "twice as large or more"),
+        ("two hundred steps", learned["held_out_after"] / learned["held_out_before"], "by nearly half"),
+        ("keys at 3 bits", by_channel, "keys per channel"),
+    ):
+        question = PREDICTIONS[name]
+        assert question.options[question.answer(value)].text == answer
+
+
+@pytest.mark.parametrize("question", PREDICTIONS.values(), ids=PREDICTIONS)
+def test_a_wrong_choice_is_told_where_to_look(question):
+    assert sorted(bool(option.look) for option in question.options) == [False, True, True]
