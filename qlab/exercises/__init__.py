@@ -2,7 +2,7 @@
 
 Each ``check_…(function)`` runs the function on a tiny case first and says what was expected and what came; then on
 further ones, real data among them. A wrong answer that a known misconception would give is told which one it is. A
-function that still returns None (or ``...``, or a tuple with one of them) is not answered yet, which is no error: a
+function with nothing in it (or that gives ``...``, or a tuple with one) is not answered yet, which is no error: a
 notebook runs to its end with open exercises. `summary` lists which checks have passed, and how predictions went.
 
 `predict` asks a question whose answer the lesson computes. `reveal` shows a teacher the answers.

@@ -368,8 +368,8 @@ def rotation(places=None, bits=4, rotations=None, gains=None):
         "bits": bits_slider(bits),
         "granularity": widgets.ToggleButtons(options=["tensor", "token", "group"], value="token",
                                              style={"button_width": "72px"}),
-        "weights": widgets.ToggleButtons(options=list(WEIGHTS), description="weights",
-                                         style={"button_width": "64px", "description_width": "60px"}),
+        "weights": widgets.ToggleButtons(options=[(f"W {name}", name) for name in WEIGHTS],
+                                         style={"button_width": "76px"}),
     }
 
     figure, artists = _rotation_figure(names)
