@@ -53,7 +53,7 @@ PREDICTIONS = {
                    "A normal number of E4M3 has 3 bits of mantissa, so it is off by 1/16 at most. Does a needle change "
                    "that?"),
             Option("falls below 10 %", lambda percent: percent < 10),
-        ), move="Set the format to FP8 E4M3, with place at layer 11, input of down."),
+        )),
     "clipped to ±6": Question(
         "Clipping to ±6 does most harm at", (
             Option("attn_in", lambda most: most == "attn_in",
