@@ -54,7 +54,7 @@ def assert_below(less, more, factor=1.0):
 def test_int8_costs_more_than_half_and_down_is_where():
     comparisons = [intervals("05", f"int8 on {text}:") for text in TEXTS]
     assert all(ratio[1] > 1.5 for _, ratio in comparisons)
-    assert all(40 < float(same) < 65 for same in re.findall(r"int8 on \w+: .*same top-1 ([\d.]+) %", printed()))
+    assert all(30 < float(same) < 60 for same in re.findall(r"int8 on \w+: .*same top-1 ([\d.]+) %", printed()))
     assert_below(kl("int8, but down in float"), kl("int8 on the mix"), factor=2)  # “most of the harm”
 
 
@@ -74,7 +74,7 @@ def test_a_group_is_below_a_token_by_divergence_and_not_by_perplexity():
 
 def test_fp8_with_one_scale_is_nearer_than_int8_with_one_and_not_resolved_from_int8_per_token():
     divergence, _ = ratios("FP8 per tensor against int8 per tensor")
-    assert (divergence[:, 2] < 1).all() and (divergence[:, 0] < 0.1).all()  # “far less harm”
+    assert (divergence[:, 2] < 1).all() and (divergence[:, 0] < 0.1).all()  # “less than a tenth”
     divergence, perplexity = ratios("FP8 per tensor against int8 per token")
     for contrast in (divergence, perplexity):
         assert ((contrast[:, 1] < 1) & (contrast[:, 2] > 1)).all()
