@@ -4,7 +4,8 @@ The command puts each format in place of float32, judges the model on three text
 samples: about six minutes on one core. The lesson loads the file and repeats rows.
 
 Of weights, all that the 30 blocks multiply with are stored; embedding and head stay in float32. Of activations, what
-these weights read, at each call. "rotated" is folded and turned by random Hadamard matrices at all of R1, R2 and R4.
+these weights read, at each call. "folded" has the gains of the norms in the weights; "rotated" is that, and turned by
+random Hadamard matrices at all of R1, R2 and R4.
 """
 
 import json
@@ -76,16 +77,17 @@ CHIPS = {  # what their matrix units multiply, as documented in November 2026
     "AMD CDNA 4 (MI355X), 2025": ("int8", "FP8", "MXFP8", "MXFP6", "MXFP4"),
     "Intel Xeon with AMX, 2023": ("int8",),
 }
-ROWS = (
+ROWS = (  # of the kind, the name and the place
     *product(["weights"], WEIGHTS, ["as it is"]), *product(["activations"], ACTIVATIONS, ["as it is"]),
     *product(["weights"], list(WEIGHTS)[:-1], ["rotated"]),
     *product(["activations"], list(ACTIVATIONS)[2:], ["rotated"]),
+    *product(["weights", "activations"], ["NVFP4"], ["folded"]),
 )
 PAIRS = (  # of names: the first divided by the second, at the same place
     ("weights", "NVFP4", "MXFP4"), ("weights", "NVFP4", "int4 absmax, 32"), ("weights", "NVFP4", "Q4_0"),
-    ("weights", "NF4, 64", "MXFP4"), ("weights", "NF4, 64", "int4 zero-point, 64"),
-    ("weights", "NVFP4", "int4 zero-point, 64"), ("weights", "NVFP4", "NF4, 64"),
-    ("weights", "Q4_0", "int4 absmax, 32"), ("activations", "FP8, tensor", "int8, tensor"),
+    ("weights", "NF4, 64", "MXFP4"), ("weights", "int4 zero-point, 64", "MXFP4"),
+    ("weights", "int4 absmax, 32", "MXFP4"), ("weights", "Q4_0", "MXFP4"), ("weights", "NVFP4", "NF4, 64"),
+    ("activations", "FP8, tensor", "int8, tensor"),
     ("activations", "NVFP4", "MXFP4"), ("activations", "NVFP4", "int4, token"),
 )
 
@@ -113,7 +115,8 @@ def contrast(table, first, second, text):
 
 def stored(model, function):
     """A copy of the model with its blocks' weights as a function of arrays leaves them."""
-    names = [f"blocks.{layer}.{reader}.weight" for layer, site in PLACES for reader in smollm.READERS[site]]
+    readers = [name for names in smollm.READERS.values() for name in names]
+    names = [f"blocks.{layer}.{reader}.weight" for layer in range(len(model.blocks)) for reader in readers]
     weights = model.state_dict()
     return smollm.reweighted(model, {name: torch.from_numpy(function(weights[name].numpy())) for name in names},
                              "weights in blocks")
@@ -124,9 +127,12 @@ def acting(function):
     return dict.fromkeys(PLACES, lambda x: torch.from_numpy(function(x.numpy())))
 
 
-def rotated(model, seed=0):
-    """The model on turned axes."""
-    return rotate(fold_gains(model), random_hadamard(576, seed), random_hadamard(64, seed), r4=True)
+def placed(model, place):
+    """The model as it is, with its gains folded, or on turned axes."""
+    if place == "as it is":
+        return model
+    folded = fold_gains(model)
+    return folded if place == "folded" else rotate(folded, random_hadamard(576, 0), random_hadamard(64, 0), r4=True)
 
 
 def row(judges, model, kind, name):
@@ -141,16 +147,16 @@ def main():
     model = smollm.load()
     given = texts(model)
     judges = {text: Judge(model, given[text][:SEQUENCES]) for text in JUDGED}
-    found, turned = {}, None
+    found, net, at = {}, model, "as it is"
     for kind, name, place in tqdm(ROWS):
-        if place == "rotated" and turned is None:
-            turned = rotated(model)
-        found[f"{kind}, {name}, {place}"] = row(judges, turned or model, kind, name)
-        print(f"{kind}, {name}, {place}", *found[f"{kind}, {name}, {place}"].values(), sep="\n", flush=True)
+        if place != at:
+            net, at = placed(model, place), place
+        found[f"{kind}, {name}, {place}"] = row(judges, net, kind, name)
     names = [(f"{kind}, {a}, {place}", f"{kind}, {b}, {place}")
              for kind, a, b in PAIRS for place in ("as it is", "rotated")]
-    names += [(f"{kind}, {name}, rotated", f"{kind}, {name}, as it is") for kind, name, place in ROWS
-              if place == "rotated"]
+    names += [(f"{kind}, {name}, {place}", f"{kind}, {name}, as it is") for kind, name, place in ROWS
+              if place != "as it is"]
+    names += [(f"{kind}, NVFP4, rotated", f"{kind}, NVFP4, folded") for kind in ("weights", "activations")]
     numbers = ("ratio", "low", "high", "kl", "kl_low", "kl_high")
     table = {
         "versions": {"python": platform.python_version(), "torch": torch.__version__},

@@ -6,7 +6,9 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from qlab import explorers
 
@@ -61,3 +63,16 @@ def test_no_figure_stands_on_another_lessons(path):
 ])
 def test_an_import_of_another_figure_is_noticed(source, found):
     assert other_figures(source, "ptq") == found
+
+
+@pytest.mark.parametrize("figure", [explorers.mapping, explorers.clipping, explorers.granularity])
+def test_own_data_is_an_array_a_tensor_or_the_path_of_a_file(figure, tmp_path):
+    x = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)
+    np.save(tmp_path / "mine.npy", x)
+    (tmp_path / "text.npy").write_text("1 2 3")
+    expected = figure(x).readout
+    for mine in (tmp_path / "mine.npy", str(tmp_path / "mine.npy"), torch.from_numpy(x)):
+        assert figure(mine).readout == expected
+    for path in ("nowhere.npy", tmp_path / "text.npy"):
+        with pytest.raises(ValueError, match=r"must be an array or the path of a \.npy file with one, got"):
+            figure(path)

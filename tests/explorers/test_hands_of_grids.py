@@ -210,7 +210,7 @@ def test_what_is_under_the_pointer_of_the_mapping(mapped):
     mapped.reset()
     for axes, y in ((0, 0.97), (1, 0.3)):
         mapped._picture.pointer = {"hover": share(mapped, mapped.figure.axes[axes], 5.5, y)}
-        assert mapped._picture.tip.splitlines()[:2] == ["x = 5.47", "code q = 64, level x̂ = 5.44252"]
+        assert mapped._picture.tip.splitlines()[:2] == ["x = 5.47", "x / s = 64.3231"]
     for axes, x, y in ((0, 5.47, 0.2), (1, 7.0, 0.3)):
         mapped._picture.pointer = {"hover": share(mapped, mapped.figure.axes[axes], x, y)}
         assert not mapped._picture.tip

@@ -130,7 +130,8 @@ def test_lesson_02_codes_of_absmax_after_a_relu():
     out = samples.load("digit_images").astype(np.float64)
     for w, b in samples.mlp("relu")[:3]:
         out = np.maximum(out @ w.T + b, 0)
-    result = mapping(out, bits=4)._compute(data="23,040 values", scheme="absmax", bits=4, alpha=0, beta=0, narrow=False)
+    result = mapping(out, bits=4)._compute(data="23,040 values", scheme="absmax", bits=4, alpha=0, beta=0, narrow=False,
+                                           value=0)
     assert np.unique(quantize(out, result.params)).tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
     assert np.unique(quantize(result.values.threads, result.params)).tolist() == [0, 1, 2, 3, 4, 7]
 
