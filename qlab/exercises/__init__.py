@@ -1,9 +1,10 @@
 """Checks for the learner's own functions.
 
 Each ``check_…(function)`` runs the function on a tiny case first and says what was expected and what came; then on
-further ones, real data among them. A wrong answer that a known misconception would give is told which one it is. A
-function with nothing in it (or that gives ``...``, or a tuple with one) is not answered yet, which is no error: a
-notebook runs to its end with open exercises. `summary` lists which checks have passed, and how predictions went.
+further ones, real data among them. A wrong answer that a known misconception would give is told which one it is. Of
+the others, the second is told which step to look at, and the third the hint, too. A function with nothing in it (or
+that gives ``...``, or a tuple with one) is not answered yet, which is no error: a notebook runs to its end with open
+exercises. `summary` lists which checks have passed, and how predictions went.
 
 `predict` asks a question whose answer the lesson computes. `reveal` shows a teacher the answers.
 
