@@ -1,11 +1,13 @@
 """Checks for the learner's own functions.
 
 Each ``check_…(function)`` runs the function on a tiny case first and says what was expected and what came; then on
-further ones, real data among them. A wrong answer that a known misconception would give is told which one it is. A
-function with nothing in it (or that gives ``...``, or a tuple with one) is not answered yet, which is no error: a
-notebook runs to its end with open exercises. `summary` lists which checks have passed, and how predictions went.
+further ones, real data among them. A wrong answer that a known misconception would give is told which one it is. Of
+the others, the second is told which step to look at, and the third the hint, too. A function with nothing in it (or
+that gives ``...``, or a tuple with one) is not answered yet, which is no error: a notebook runs to its end with open
+exercises. `summary` lists which checks have passed, and how predictions went.
 
-`predict` asks a question whose answer the lesson computes. `reveal` shows a teacher the answers.
+`predict` asks a question whose answer the lesson computes. `reveal` shows a teacher the answers. `page_to_keep` is the
+sheet that a learner takes home.
 
 The module of a check, or of a prediction, has the name of the core module that the exercise is about.
 
@@ -17,6 +19,7 @@ from pkgutil import iter_modules
 
 from qlab.exercises.checking import summary
 from qlab.exercises.drilling import drill
+from qlab.exercises.keeping import page_to_keep
 from qlab.exercises.predicting import ask, reveal
 
 _MODULES = [import_module(f"qlab.exercises.{module}")
@@ -28,7 +31,7 @@ QUESTIONS = {
     name: question for module in _MODULES for name, question in getattr(module, "PREDICTIONS", {}).items()
 }
 globals().update(_CHECKS)
-__all__ = ["drill", "predict", "reveal", "summary", *_CHECKS]  # noqa: PLE0604
+__all__ = ["drill", "page_to_keep", "predict", "reveal", "summary", *_CHECKS]  # noqa: PLE0604
 
 
 def predict(name, answer, *, figure=None, veil=(), when=None):

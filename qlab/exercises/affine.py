@@ -3,7 +3,7 @@
 import numpy as np
 
 from qlab import samples
-from qlab.exercises.checking import Case, check, recorded
+from qlab.exercises.checking import Case, by_part, check, numbers, recorded
 from qlab.exercises.predicting import Number, Option, Question
 
 PREDICTIONS = {
@@ -129,6 +129,8 @@ _HALF_UP = ("A half goes up here: 0.5 → 1, 2.5 → 3. Quantizers round half to
 _HALF_AWAY = ("A half goes away from 0 here, as at school: 0.5 → 1, −0.5 → −1. Quantizers round half to even, as "
               "np.rint does: 0.5 → 0, 1.5 → 2, 2.5 → 2.")
 
+_NO_POWER = "2^b in the text is written 2**b in Python. There, 2 ^ 7 compares bits (XOR) and gives 5, and 2**7 is 128."
+
 
 def _half_up(v):
     return np.floor(v + 0.5)
@@ -181,9 +183,12 @@ def check_absmax(function):
          "bits."),
         (lambda x, bits: ((x.max() - x.min()) / (2**bits - 1), ...),
          "This is the scale of the zero-point mapping. The range of absmax goes from −max|x| to max|x|."),
+        (lambda x, bits: (np.abs(x).max() / (2 ^ bits - 2 or np.nan), ...), _NO_POWER),
         (lambda x, bits: (np.abs(x).max() / 127, ...), "127 belongs to 8 bits. For b bits it is 2^(b−1) − 1."),
         (lambda x, bits: (scale(x, bits), np.rint(x * scale(x, bits))),
          "The scale is right. To get q, divide x by it; multiplying is the way back."),
+        (lambda x, bits: (scale(x, bits), scale(x, bits) * np.rint(x / scale(x, bits))),
+         "The scale is right. But this is x̂ = s · q, the way back; asked are the integers q themselves."),
         (codes(lambda v: v), "The scale is right, and q is x / s, not yet rounded to integers."),
         (codes(np.trunc),
          "The fraction is cut off here (int() and astype(int) do that), so 36.9 becomes 36. Round with np.rint first."),
@@ -200,7 +205,10 @@ def check_absmax(function):
         Case("36,864 real weights, bits = 4", (weights, 4), right(weights.astype(np.float64), 4)),
     ]
     praise = "Right: the seven numbers, ties, a negative maximum, and 36,864 real weights."
-    return check(function, cases, misconceptions, praise)
+    steps = by_part("Look at s first: what is the largest |x|, and which code shall it get?",
+                    "s is right. Look at q: divide, then round to the nearest integer.")
+    hint = "s = max|x| / (2**(bits − 1) − 1), and q = np.rint(x / s)."
+    return check(function, cases, misconceptions, praise, ladder=(steps, hint))
 
 
 @recorded
@@ -255,6 +263,7 @@ def check_zero_point(function):
          "This is the scale of absmax. Here the range goes from α to β: s = (β − α) / (2^b − 1)."),
         (lambda x, bits: (np.abs(x).max() / (2**bits - 1), ...),
          "The range is β − α, from the smallest to the largest value, not from 0 to max|x|."),
+        (lambda x, bits: (width(x) / (2 ^ bits - 1), ...), _NO_POWER),
         (lambda x, bits: (width(x) / 255, ...), "255 belongs to 8 bits. For b bits it is 2^b − 1."),
         (with_zero(lambda qmin, steps: qmin - steps),
          "The scale is right. z has to be an integer: it is the code of 0, which is exact only if it has one. Round "
@@ -282,7 +291,11 @@ def check_zero_point(function):
         Case("73,728 real activations, bits = 4", (x, 4), right(x.astype(np.float64), 4)),
     ]
     praise = "Right: the seven numbers, ranges without 0, and 73,728 real activations."
-    return check(function, cases, misconceptions, praise)
+    steps = by_part("Look at s first: which range [α, β] do you take, and how many steps has it?",
+                    "s is right. Look at z: which code stands for α, and how many steps further is 0?")
+    hint = ("α = min(x.min(), 0), β = max(x.max(), 0); s = (β − α) / (2**bits − 1), and z = −2**(bits − 1) − np.rint(α "
+            "/ s), with the power in brackets.")
+    return check(function, cases, misconceptions, praise, ladder=(steps, hint))
 
 
 @recorded
@@ -328,6 +341,8 @@ def check_quantize(function):
          "first, cast last."),
         (lambda x, s, z, qmin, qmax: np.clip(np.rint(x * s) + z, qmin, qmax),
          "x is multiplied by s. That is the way back; to get a code, divide."),
+        (lambda x, s, z, qmin, qmax: s * (right(x, s, z, qmin, qmax) - z),
+         "This is x̂ = s (q − z), the way back. Asked are the codes q themselves."),
         (lambda x, s, z, qmin, qmax: np.clip(np.rint(x / s), qmin, qmax), "z is missing. It is the code of 0: add it."),
         (codes(lambda v: v), "These are not integers. Round x / s, then add z."),
         (codes(np.trunc),
@@ -344,4 +359,20 @@ def check_quantize(function):
         Case("73,728 real activations, s = 0.11, z = -3, qmin = -8, qmax = 7", (x, 0.11, -3, -8, 7),
              right(x.astype(np.float64), 0.11, -3, -8, 7)),
     ]
-    return check(function, cases, misconceptions, "Right, on the tiny case and on 73,728 real activations.")
+    return check(function, cases, misconceptions, "Right, on the tiny case and on 73,728 real activations.",
+                 ladder=(_wrong_code, "Three steps, in this order: np.rint(x / s), + z, and np.clip to qmin and qmax."))
+
+
+def _wrong_code(answer, case):
+    """Which of the three steps to a code to look at."""
+    answer, expected, (_, _, z, qmin, qmax) = numbers(answer), case.expected, case.arguments
+    if answer is None or answer.shape != expected.shape:
+        return "Look at what you return: one code for each value of x."
+    if not ((qmin <= answer) & (answer <= qmax)).all():
+        return f"Look at the last step: no code may lie outside {qmin} to {qmax}."
+    inside, off = (qmin < expected) & (expected < qmax), answer - expected
+    if not off[inside].any():
+        return "Look at the last step, the clip: only codes at the ends of the range are wrong."
+    if np.ptp(off[inside]) == 0:
+        return f"Look at z: all codes inside the range are off by {off[inside][0]:g}, and z is {z}."
+    return "Look at the first step: x / s, rounded to the nearest integer, before z is added."

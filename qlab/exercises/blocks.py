@@ -3,7 +3,7 @@
 import numpy as np
 
 from qlab import samples
-from qlab.exercises.checking import Case, check, recorded
+from qlab.exercises.checking import Case, by_part, check, recorded
 from qlab.exercises.predicting import Number, Option, Question
 from qlab.floats import FP4_E2M1, FP8_E4M3, decode, encode
 
@@ -127,7 +127,11 @@ def check_e8m0_byte(function):
     cases = [Case(f"x = {tiny.tolist()}", (tiny,), 129),
              *(Case(f"32 real weights from {i} on", (w[0, i:i + 32],), 125 + int(power(w[0, i:i + 32])))
                for i in (0, 32, 64))]
-    return check(function, cases, misconceptions, "Right, on the tiny case and on blocks of real weights.")
+    ladder = ("Look at the power of two of the largest |x| first: 21 lies between 16 and 32, so it is 4.",
+              "int(np.floor(np.log2(np.abs(x).max()))) is that power. Subtract 2, the power of the largest element, "
+              "and add the bias, 127.")
+    return check(function, cases, misconceptions, "Right, on the tiny case and on blocks of real weights.",
+                 ladder=ladder)
 
 
 @recorded
@@ -190,7 +194,12 @@ def check_nvfp4_block(function):
     real, tensor_scale = x[0, :16], float(np.abs(x).max() / (6 * 448))
     cases = [Case(f"x = {tiny.tolist()}, tensor_scale = 0.01", (tiny, 0.01), right(tiny, 0.01)),
              Case("16 real activations", (real, tensor_scale), right(real, tensor_scale))]
-    return check(function, cases, misconceptions, "Right, on the tiny case and on a block of real activations.")
+    steps = by_part("Look at the block's scale first: max|x| shall become 6, and the tensor's scale is another factor.",
+                    "The scale is right. Look at the values: divide by both scales, round to E2M1, multiply again.")
+    hint = ("scale = decode(encode(np.abs(x).max() / 6 / tensor_scale, FP8_E4M3), FP8_E4M3). With s = scale * "
+            "tensor_scale, the values are decode(encode(x / s, FP4_E2M1, saturate=True), FP4_E2M1) * s.")
+    return check(function, cases, misconceptions, "Right, on the tiny case and on a block of real activations.",
+                 ladder=(steps, hint))
 
 
 @recorded
@@ -216,4 +225,6 @@ def check_bits_per_value(function):
                   bits + scale / block)
              for name, bits, block, scale in (("MXFP4", 4, 32, 8), ("NVFP4", 4, 16, 8), ("Q4_1", 4, 32, 32),
                                               ("a block of 256", 3, 256, 16))]
-    return check(function, cases, misconceptions, "Right, for MXFP4, NVFP4, Q4_1 and blocks of 256.")
+    ladder = ("Look at the bits of a whole block first: those of all its codes, and those of its scale.",
+              "A value has its own bits and its share of the scale: element_bits + scale_bits / block.")
+    return check(function, cases, misconceptions, "Right, for MXFP4, NVFP4, Q4_1 and blocks of 256.", ladder=ladder)

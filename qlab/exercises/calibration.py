@@ -1,11 +1,12 @@
 """Checks of lesson 03: clipping and the choice of the range."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 
 from qlab import calibration, samples
-from qlab.exercises.checking import Case, Verdict, call, check, numbers, recorded, show
+from qlab.exercises.checking import Case, Verdict, by_part, call, check, numbers, recorded, show
 from qlab.exercises.predicting import Option, Question
 
 PREDICTIONS = {
@@ -123,6 +124,15 @@ def check_clipping_error(function):
          "len(x) counts the rows of a matrix. Divide by the number of all values: x.size, or take np.mean."),
         (lambda x, alpha, beta: np.mean(np.abs(x - np.clip(x, alpha, beta))),
          "This is the mean of |error|; the MSE takes the square."),
+        (lambda x, alpha, beta: np.mean(x - np.clip(x, alpha, beta)),
+         "The errors are not squared: those below alpha are negative, those above beta positive, and they cancel."),
+        (lambda x, alpha, beta: np.mean(x - np.clip(x, alpha, beta)) ** 2,
+         "The mean is squared here. Square first, then take the mean: otherwise errors of both signs cancel."),
+        (lambda x, alpha, beta: (x - np.clip(x, alpha, beta)) ** 2,
+         "These are the squared errors, one for each value. The MSE is their mean, one number."),
+        *((lambda x, alpha, beta, axis=axis: np.mean((x - np.clip(x, alpha, beta)) ** 2, axis=axis),
+           "These are many means, one for each row or column. All values count alike: leave axis out.")
+          for axis in (0, -1)),
         (lambda x, alpha, beta: np.mean((x - np.minimum(x, beta)) ** 2),
          "Values below alpha are clipped too, not only those above beta."),
         (lambda x, alpha, beta: np.mean(np.where((x < alpha) | (x > beta), x, 0) ** 2),
@@ -133,7 +143,11 @@ def check_clipping_error(function):
         Case(f"x = {_TINY.tolist()}, alpha = -2, beta = 3", (_TINY, -2.0, 3.0), right(_TINY, -2, 3)),
         Case("73,728 real activations, alpha = -0.3, beta = 0.5", (x, -0.3, 0.5), right(x, -0.3, 0.5)),
     ]
-    return check(function, cases, misconceptions, "Right, on the tiny case and on 73,728 real activations.")
+    errors = ", ".join(f"{error:g}" for error in _TINY - np.clip(_TINY, -2, 3))
+    ladder = (f"Look at the errors before they are squared. For x = {_TINY.tolist()} they are {errors}.",
+              "np.clip(x, alpha, beta) is what is left of each x. Subtract it from x, square, and take np.mean of all.")
+    return check(function, cases, misconceptions, "Right, on the tiny case and on 73,728 real activations.",
+                 ladder=ladder)
 
 
 @recorded
@@ -156,6 +170,10 @@ def check_percentile_range(function):
         (lambda x, p: (-np.percentile(np.abs(x), p), np.percentile(np.abs(x), p)),
          "This is the percentile of |x|, a symmetric range. Treat the two tails apart."),
         (lambda x, p: (np.percentile(x, p), np.percentile(x, 100 - p)), "The two ends are swapped: alpha comes first."),
+        (lambda x, p: (np.percentile(x, 1 - p / 100), np.percentile(x, p / 100)),
+         "np.percentile takes percent, as p is: leave the division by 100 out. (np.quantile counts from 0 to 1.)"),
+        *((lambda x, p, axis=axis: (np.percentile(x, 100 - p, axis=axis), np.percentile(x, p, axis=axis)),
+           "This is a range for each row or column. Asked is one for all values: leave axis out.") for axis in (0, -1)),
     ]
     x = samples.load("activations")
     tiny = np.arange(0.0, 101.0) - 20
@@ -163,7 +181,10 @@ def check_percentile_range(function):
         Case("x = −20, −19, …, 80, p = 95", (tiny, 95.0), calibration.percentile(tiny, 95)),
         Case("73,728 real activations, p = 99.9", (x, 99.9), calibration.percentile(x, 99.9)),
     ]
-    return check(function, cases, misconceptions, "Right, on the tiny case and on 73,728 real activations.")
+    steps = by_part("Look at alpha: 100 − p percent of all values lie below it.",
+                    "alpha is right. Look at beta: p percent of all values lie below it.")
+    return check(function, cases, misconceptions, "Right, on the tiny case and on 73,728 real activations.",
+                 ladder=(steps, "np.percentile(x, p) is the value below which p percent lie. alpha takes 100 − p."))
 
 
 @recorded
@@ -175,35 +196,49 @@ def check_best_range(function):
     Examples
     --------
     >>> check_best_range(lambda x, bits: calibration.mse(x, bits, symmetric=True)[1])
-    ✓ Right: within 2 % of the least possible error at 3, 4 and 8 bits.
+    ✓ Right: within 2 % of the least possible error at 2, 3, 4 and 8 bits.
     >>> check_best_range(lambda x, bits: np.abs(x).max()).passed
     False
     """
     x = samples.load("activations")
-    profile = calibration.ErrorProfile(x)
-    reach = float(np.abs(x).max())
-    for bits in (4, 3, 8):
-        answer, problem = call(function, (x, bits), f"73,728 real activations, bits = {bits}")
+    error = calibration.ErrorProfile(x).mse(-0.5, 0.5, 4, symmetric=True)
+    last = ("The error of a candidate is mse(x, fake_quantize(x, range_params(-beta, beta, bits, symmetric=True))). "
+            "Try 200 of them up to max|x|, and return the one at the place np.argmin(errors).")
+    ladder = (f"Look at one candidate: beta = 0.5 with 4 bits has an MSE of {error:.4g} on the real activations.", last)
+    for name, data, bits in [("73,728 real activations", x, bits) for bits in (4, 3, 8, 2)] + [
+            ("the same with their signs turned", -x, 8)]:
+        answer, problem = call(function, (data, bits), f"{name}, bits = {bits}")
         if problem:
-            return problem
+            return replace(problem, ladder=(*problem.ladder, last) if problem.ladder else ())
         beta = numbers(answer)
         if beta is None or beta.ndim or not np.isfinite(beta) or beta <= 0:
-            return Verdict(False, f"Expected one positive number, beta; your function gave {show(answer)}.")
-        beta = float(beta)
+            return Verdict(False, f"Expected one positive number, beta; your function gave {show(answer)}.", ladder)
+        beta, profile = float(beta), calibration.ErrorProfile(data)
         best = calibration.mse(profile, bits, symmetric=True)[1]
-        least = profile.mse(-best, best, bits, symmetric=True)
-        error = profile.mse(-beta, beta, bits, symmetric=True)
+        least, error = (profile.mse(-end, end, bits, symmetric=True) for end in (best, beta))
         if error <= 1.02 * least:
             continue
-        said = (f"At {bits} bits your beta = {beta:.4g} gives an MSE of {error:.4g}; "
+        said = (f"For {name}, bits = {bits}: your beta = {beta:.4g} gives an MSE of {error:.4g}; "
                 f"beta = {best:.4g} gives {least:.4g}.")
-        if np.isclose(beta, reach):
-            hint = " Yours is max |x|: nothing is clipped, and all levels lie far apart."
-        elif np.isclose(beta, least, rtol=0.05):
-            hint = " Yours looks like the least error itself; return the beta that has it."
-        elif beta < 0.1 * best:
-            hint = " Yours is very small: is only the rounding error being minimized? Count what is clipped, too."
-        else:
-            hint = " Try more candidates above 0, up to max |x|."
-        return Verdict(False, said + hint)
-    return Verdict(True, "Right: within 2 % of the least possible error at 3, 4 and 8 bits.")
+        hint = _range_hint(profile, beta, bits, best, least)
+        return Verdict(False, said + (hint or " Try more candidates above 0, up to max|x|."), () if hint else ladder)
+    return Verdict(True, "Right: within 2 % of the least possible error at 2, 3, 4 and 8 bits.")
+
+
+def _range_hint(profile, beta, bits, best, least):
+    """What a wrong end of the range comes from, if that is known."""
+    reach = max(-profile.min, profile.max)
+    candidates = reach * np.arange(1, 201) / 200
+    lopsided = candidates[np.argmin([profile.mse(-end, end, bits) for end in candidates])]
+    if np.isclose(beta, reach):
+        return " Yours is max|x|: nothing is clipped, and all levels lie far apart."
+    if np.isclose(beta, profile.max, rtol=0.01) and profile.max < best:
+        return " Your candidates end at max(x), but the value furthest from 0 is negative here. Go up to max|x|."
+    if np.isclose(beta, least, rtol=0.05):
+        return " Yours looks like the least error itself; return the beta that has it."
+    if np.isclose(beta, lopsided, rtol=0.03):
+        return (f" Yours is best for a grid with all {2**bits} levels, which is not symmetric. The symmetric one has "
+                f"{2**bits - 1}: range_params(-beta, beta, bits, symmetric=True).")
+    if beta < 0.1 * best:
+        return " Yours is very small: is only the rounding error being minimized? Count what is clipped, too."
+    return ""

@@ -1,21 +1,44 @@
 """The machinery of the checks: call the learner's function, compare, and find the hint that fits."""
 
 import dis
-from dataclasses import dataclass
+import traceback
+from collections import Counter
+from dataclasses import dataclass, replace
 from functools import wraps
+from pathlib import Path
 
 import numpy as np
 
 _LATEST = {}  # the verdict of each check that has run, in the order of their first runs
 ASKED = {}  # the predictions by name, likewise
+_UNEXPLAINED = Counter()  # by check: its failures since it last passed for which no misconception speaks
+_RAISED = {  # what stands in the message of an error, and the hint for it
+    "math domain error": "A negative number has no logarithm and no root. Take |x| first.",
+    "expected a positive input": "A negative number has no logarithm and no root. Take |x| first.",
+    "NaN to integer": "The logarithm of a negative number is NaN, and NaN is no integer. Take |x| first.",
+    "operand type(s) for ^": "In Python ^ combines bits. A power is written with two stars: 2**3 is 8.",
+    "numpy() on Tensor": "NumPy keeps no gradients: use torch.round and torch.clamp in place of np.rint and np.clip. "
+                         "(With detach() no gradient would arrive.)",
+    "Quantiles must be": "np.quantile counts from 0 to 1, so that 99 percent are 0.99. np.percentile takes percent.",
+}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check found. ``passed`` is True, False, or None while the exercise is not answered."""
+    """What a check found.
+
+    Attributes
+    ----------
+    passed : bool or None
+        None while the exercise is not answered.
+    text : str
+    ladder : tuple of str
+        Of a failure that no misconception explains: what the second one adds to the text, and what the third one.
+    """
 
     passed: bool | None
     text: str
+    ladder: tuple[str, ...] = ()
 
     def __repr__(self):
         return f"{ {True: '✓', False: '✗', None: '…'}[self.passed]} {self.text}"
@@ -59,13 +82,17 @@ def summary():
 
 
 def recorded(check):
-    """The check, whose verdicts `summary` shows from now on."""
+    """The check, whose verdicts `summary` shows from now on, and which says more if it fails again."""
 
     @wraps(check)
     def checked(function):
-        _LATEST[check.__name__] = Verdict(False, "The check did not come to its end.")  # if it is interrupted
-        _LATEST[check.__name__] = check(function)
-        return _LATEST[check.__name__]
+        name = check.__name__
+        _LATEST[name] = Verdict(False, "The check did not come to its end.")  # if it is interrupted
+        verdict = check(function)
+        _UNEXPLAINED[name] = 0 if verdict.passed else _UNEXPLAINED[name] + bool(verdict.ladder)
+        more = verdict.ladder[:max(_UNEXPLAINED[name] - 1, 0)]
+        _LATEST[name] = replace(verdict, text="\n  ".join([verdict.text, *more]))
+        return _LATEST[name]
 
     return checked
 
@@ -79,7 +106,7 @@ class Case:
     expected: object
 
 
-def check(function, cases, misconceptions, praise, rtol=1e-4):
+def check(function, cases, misconceptions, praise, rtol=1e-4, *, ladder):
     """Try ``function`` on the cases in turn; the verdict tells of the first that goes wrong, or praises.
 
     Parameters
@@ -93,24 +120,54 @@ def check(function, cases, misconceptions, praise, rtol=1e-4):
     praise : str
     rtol : float
         Relative tolerance for real numbers. Where integers are expected, they are compared exactly.
+    ladder : (str or function, str)
+        For failures that none of the misconceptions explains. The second one is told which step to look at, a text or
+        ``step(answer, case)`` (see `by_part`); the third one is told the hint, too.
 
     Examples
     --------
     >>> cases = [Case("x = 3", (3,), 9)]
     >>> misconceptions = [(lambda x: 2 * x, "This is twice x.")]
-    >>> check(lambda x: x + x, cases, misconceptions, "Right.")
+    >>> ladder = "Look at the power.", "The power of 2 is x times x."
+    >>> check(lambda x: x + x, cases, misconceptions, "Right.", ladder=ladder)
     ✗ For x = 3: expected 9, your function gave 6.
       This is twice x.
+    >>> check(lambda x: 7, cases, misconceptions, "Right.", ladder=ladder).ladder
+    ('Look at the power.', 'The power of 2 is x times x.')
     """
+    step, last = ladder
     for case in cases:
         answer, problem = call(function, case.arguments, case.written)
         if problem:
-            return problem
+            return replace(problem, ladder=(*problem.ladder, last) if problem.ladder else ())
         if not same(answer, case.expected, rtol):
             wrong = [(idea(*case.arguments), hint) for idea, hint in misconceptions]
             hints = [hint for w, hint in wrong if same(answer, w, rtol) and not same(case.expected, w, rtol)]
-            return Verdict(False, "\n  ".join([f"For {case.written}: {_compared(answer, case.expected)}", *hints[:1]]))
+            hints += _one_part(answer, case.expected, rtol)
+            text = "\n  ".join([f"For {case.written}: {_compared(answer, case.expected)}", *hints[:1]])
+            told = step if isinstance(step, str) else step(answer, case)
+            return Verdict(False, text, () if hints else (told, last))
     return Verdict(True, praise)
+
+
+def by_part(*steps):
+    """The step to look at, where each step leads to a part of the answer: that of the first part which is wrong."""
+
+    def step(answer, case):
+        parts = _parts(answer)
+        if len(parts) != len(steps):
+            return f"Look at what you return: it should have {len(steps)} parts, with commas between."
+        return next((text for text, part, expected in zip(steps, parts, case.expected, strict=True)
+                     if not same(part, expected, 1e-4)), steps[-1])
+
+    return step
+
+
+def _one_part(answer, expected, rtol):
+    """The hint for one part of what is asked, in a list that is empty if the answer is something else."""
+    if isinstance(expected, tuple) and any(same(answer, part, rtol) for part in expected):
+        return [f"This is right, but only one of {len(expected)} parts: return them all, with commas between."]
+    return []
 
 
 def call(function, arguments, written):
@@ -119,12 +176,21 @@ def call(function, arguments, written):
     try:
         answer = function(*copies)
     except Exception as error:
-        return None, Verdict(False, f"For {written}, your function raised {type(error).__name__}: {error}")
+        text = f"For {written}, your function raised {type(error).__name__}: {error}"
+        hint = next((f"\n  {hint}" for message, hint in _RAISED.items() if message in str(error)), "")
+        return None, Verdict(False, text + hint, () if hint else (_where(error),))
     if any(part is ... for part in (answer if isinstance(answer, tuple) else [answer])) or is_empty(function):
         return None, Verdict(None, "Not answered yet.")
     if answer is None:
         return None, Verdict(False, f"For {written}, your function gave None: it gives what stands after return.")
     return answer, None
+
+
+def _where(error):
+    """Which line of the learner's function to look at."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = next((frame.line for frame in frames if Path(frame.filename).parent != Path(__file__).parent), None)
+    return f"Look at this line: {own}" if own else "Call your function yourself, with these arguments."
 
 
 def is_empty(function):
@@ -148,7 +214,8 @@ def same(answer, expected, rtol):
     answer, expected = numbers(answer), numbers(expected)
     if answer is None or answer.shape != expected.shape:
         return False
-    return np.array_equal(answer, expected) if whole else np.allclose(answer, expected, rtol=rtol, atol=0)
+    return np.array_equal(answer, expected) if whole else bool(
+        np.allclose(answer, expected, rtol=rtol, atol=0, equal_nan=True))  # NaN is known only as a wrong answer
 
 
 def numbers(value):
@@ -163,6 +230,8 @@ def numbers(value):
 def show(value, digits=6):
     """``value`` in few characters: integers in full, of an array the first eight."""
     array = numbers(value)
+    if array is not None and array.ndim > 1 and 0 < array.size <= 8:  # one list for each index along the first axis
+        return f"[{', '.join(show(row, digits) for row in array.reshape(len(array), -1))}]"
     if array is not None:
         listed = [_number(number, digits) for number in array.ravel()[:8].tolist()]
         text = ", ".join(listed) + ", …" * (array.size > 8)
@@ -187,8 +256,9 @@ def _parts(answer):
 
 def _compared(answer, expected):
     """What was expected and what came; the shapes if they differ; of a long array the first number that differs."""
-    first = ""
-    pairs = zip(expected, _parts(answer), strict=False) if isinstance(expected, tuple) else [(expected, answer)]
+    first, parts = "", _parts(answer)
+    pairs = [(expected, answer)] if not isinstance(expected, tuple) else (
+        zip(expected, parts, strict=True) if len(parts) == len(expected) else [])
     for wanted, came in ((numbers(wanted), numbers(came)) for wanted, came in pairs):
         if came is not None and came.shape != wanted.shape:
             first = f"\n  The shape should be {wanted.shape}, yours is {came.shape}."

@@ -4,7 +4,7 @@ import struct
 
 import numpy as np
 
-from qlab.exercises.checking import Case, check, recorded
+from qlab.exercises.checking import Case, by_part, check, numbers, recorded
 from qlab.exercises.predicting import Number, Option, Question
 
 PREDICTIONS = {
@@ -139,6 +139,8 @@ def check_decode(function):
          "The digits after the point of 1.m are binary ones, not decimal: add mantissa / 2**23 to 1."),
         (lambda s, e, m: (-1) ** s * (1 + m / (2**23 - 1)) * 2.0 ** (e - 127),
          "Divide by 2**23, not by the largest mantissa, 2**23 − 1: 23 ones after the point stay just below 1."),
+        (lambda s, e, m: -abs(right(s, e, m)),
+         "Always negative: in −1**s the power binds first, so this is −(1**s). Write (−1)**s."),
         (lambda s, e, m: abs(right(s, e, m)),
          "The magnitude is right. Sign 1 means minus: multiply by (−1)**sign."),
     ]
@@ -146,7 +148,24 @@ def check_decode(function):
     cases = [Case(f"sign = {s}, exponent = {e}, mantissa = {m} (the word 0x{s << 31 | e << 23 | m:08X})", (s, e, m),
                   right(s, e, m)) for s, e, m in fields]
     praise = "Right: normal and subnormal numbers, both zeros, and the largest number."
-    return check(function, cases, misconceptions, praise, rtol=1e-8)
+    ladder = _wrong_factor, ("From exponent 1 on: (−1)**sign · 2.0**(exponent − 127) · (1 + mantissa / 2**23). At "
+                             "exponent 0: (−1)**sign · 2.0**−126 · mantissa / 2**23.")
+    return check(function, cases, misconceptions, praise, rtol=1e-8, ladder=ladder)
+
+
+def _wrong_factor(answer, case):
+    """Which of the three factors of a value to look at."""
+    answer, expected, exponent = numbers(answer), case.expected, case.arguments[1]
+    if answer is None or answer.ndim or not np.isfinite(answer):
+        return "Look at what you return: one number, the product of sign, power and 1.m."
+    if exponent == 0:
+        return "Look at exponent 0 by itself: another power and another leading digit than elsewhere."
+    if answer * expected < 0:
+        return "Look at the sign: (−1)**sign."
+    power = np.log2(abs(answer / expected)) if answer else 0.5
+    if abs(power - round(power)) < 1e-6 and round(power):
+        return f"Look at the power of two: yours is 2**{round(power)} times the right one."
+    return "Look at 1.m: what the mantissa bits are worth, and the digit before the point."
 
 
 @recorded
@@ -178,6 +197,9 @@ def check_encode(function):
     def mantissa(change):
         return lambda x: (..., ..., change(right(x)[2]))
 
+    def whole_part(below_1):
+        return lambda x: (..., right(x)[1] if abs(x) >= 1 else below_1, ...)
+
     misconceptions = [
         (lambda x: tuple(f"{field:0{width}b}" for field, width in zip(right(x), (1, 8, 23), strict=True)),
          "The bits are right. Return them as integers: int(text, 2) reads a text of bits."),
@@ -188,6 +210,12 @@ def check_encode(function):
          "This is the exponent itself. What is stored is that plus the bias of 127, so that it is never negative."),
         (lambda x: (..., int(np.log2(abs(x))) + 127, ...),
          "int() cuts off towards 0, which is one too high for a negative logarithm. np.floor always goes down."),
+        (whole_part(127),
+         "Below 1, |x| has no digits before the point to count. Move the point right, up to behind the first 1: "
+         "0.15625 = 1.25 · 2**−3, so the power is −3."),
+        (whole_part(126),
+         "Below 1, the place of the first 1 says the power: 0.15625 is 0.00101 in binary, = 1.01 · 2**−3. There are no "
+         "digits before the point to count."),
         (exponent(lambda e: e + 1),
          "The exponent is one too large. The bias is 127, not 128, and before it is added the exponent is that of "
          "1.m, the floor of log2|x|. (math.frexp writes 0.1m, and its exponent is one more.)"),
@@ -200,6 +228,8 @@ def check_encode(function):
         (mantissa(lambda m: m // (m & -m or 1)),
          "The bits are right, their place is not. They start at the left end of the 23 bits: fill up with zeros on "
          "the right."),
+        (lambda x: (..., ..., int((x / 2.0 ** (right(x)[1] - 127) - 1) * 2**23)),
+         "The mantissa is made from x with its sign here. The sign has a bit of its own: take |x| for the rest."),
         (mantissa(lambda m: m / 2**23),
          "This is the fraction, m in 1.m. The field is that fraction as an integer: multiply by 2**23."),
         (mantissa(lambda m: 1 + m / 2**23),
@@ -207,7 +237,12 @@ def check_encode(function):
     ]
     singles = np.float32([-118.625, 1.0, 0.15625, 6.5, -1.75 * 2.0**-15, np.pi, 6.02214076e23]).tolist()
     cases = [Case(f"x = {x}", (x,), right(x)) for x in singles]
-    return check(function, cases, misconceptions, "Right, for −118.625 and six more numbers.")
+    steps = by_part("Look at the sign (step 1): 1 for a negative number, 0 for a positive one.",
+                    "The sign is right. Look at the exponent (steps 3 and 5): how far the point moves, plus 127.",
+                    "Sign and exponent are right. Look at the mantissa (step 4): the 23 digits after the leading 1.")
+    hint = ("np.frexp(abs(x)) gives a fraction from ½ to 1 and a power. Twice the fraction is 1.m, and its power is "
+            "one less; the fields are that power + 127, and 0.m · 2**23.")
+    return check(function, cases, misconceptions, "Right, for −118.625 and six more numbers.", ladder=(steps, hint))
 
 
 @recorded
@@ -247,8 +282,18 @@ def check_spacing(function):
          "Half of it. The leading 1 is not among the mantissa bits, so do not count it in. (Half the spacing is the "
          "largest error of rounding to nearest.)"),
         (lambda x, m: np.copysign(2.0 ** (exponent(x) - m), x), "A distance is positive: take |x|."),
+        (lambda x, m: 2.0 ** (exponent(x) - m) if x > 0 else np.nan,
+         "The logarithm of a negative number is NaN. The spacing is the same on both sides of 0: take |x|."),
+        (lambda x, m: 2.0 ** exponent(x), "mantissa_bits is not used. From this power of two to the next there are "
+                                          "2**mantissa_bits numbers, so divide by that."),
+        *((lambda x, m, bits=bits: 2.0 ** (exponent(x) - bits),
+           f"mantissa_bits has no effect here: this is the spacing with {bits} mantissa bits, those of {name}, for "
+           f"every format.") for bits, name in ((10, "FP16"), (23, "FP32"), (52, "Python's own numbers"))),
     ]
     asked = [(1000.0, 10, "FP16"), (3.14159, 7, "BF16"), (1.0, 23, "FP32"), (1024.0, 10, "FP16"),
              (-1000.0, 23, "FP32")]
     cases = [Case(f"x = {x}, mantissa_bits = {m} ({name})", (x, m), 2.0 ** (exponent(x) - m)) for x, m, name in asked]
-    return check(function, cases, misconceptions, "Right, for FP32, FP16 and BF16.")
+    ladder = ("Look at the exponent first: which power of two is at or below |x|? For 1000 it is 512, 2**9.",
+              "np.floor(np.log2(abs(x))) is the exponent. Subtract mantissa_bits from it; 2 to the power of that is "
+              "the spacing.")
+    return check(function, cases, misconceptions, "Right, for FP32, FP16 and BF16.", ladder=ladder)

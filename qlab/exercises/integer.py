@@ -2,7 +2,7 @@
 
 import math
 
-from qlab.exercises.checking import Case, check, recorded
+from qlab.exercises.checking import Case, by_part, check, recorded
 from qlab.exercises.predicting import Option, Question
 
 PREDICTIONS = {
@@ -79,4 +79,8 @@ def check_multiplier(function):
     cases = [Case(f"m = {m}", (m,), right(m)) for m in (0.25, 0.3, 0.0072474273418460, 0.75, 1.7, 2.0**5)]
     cases.append(Case("m = 1 − 2^−33", (1 - 2.0**-33,), right(1 - 2.0**-33)))
     praise = "Right: powers of two, small factors, one just below 1, and two above."
-    return check(function, cases, misconceptions, praise, rtol=1e-12)
+    steps = by_part("Look at m0: double m, or halve it, until it is in [½, 1); m0 is that times 2^31, rounded.",
+                    "m0 is right. Look at n: how often was m doubled? Each halving counts as −1.")
+    hint = ("fraction, power = np.frexp(m) gives m = fraction · 2^power, with the fraction in [½, 1). So m0 is the "
+            "fraction · 2^31, rounded, and n is −power. If m0 has become 2^31, take 2^30, and an n that is less by 1.")
+    return check(function, cases, misconceptions, praise, rtol=1e-12, ladder=(steps, hint))

@@ -116,7 +116,9 @@ def check_token_scales(function):
     real, _ = samples.products()[12, "attn_in"]
     cases = [Case(f"x = {tiny.tolist()}, bits = 4", (tiny, 4), right(tiny, 4)),
              Case("x holds real activations of 64 tokens, bits = 8", (real, 8), right(real, 8))]
-    return check(function, cases, misconceptions, "Right, on the tiny case and on real activations.")
+    ladder = ("Look at the maxima first: the largest |x| of each row, one for each token.",
+              "np.abs(x).max(axis=1) has them. Divide by the largest code, 2**(bits − 1) − 1.")
+    return check(function, cases, misconceptions, "Right, on the tiny case and on real activations.", ladder=ladder)
 
 
 @recorded
@@ -200,4 +202,8 @@ def check_decompose(function):
     cases = [Case(f"x = {x.tolist()}, w = {w.tolist()}, threshold = 6", (x, w, 6.0), right(x, w, 6.0)),
              Case("x and w from the attention of a real layer, threshold = 6", (real_x, real_w, 6.0),
                   right(real_x, real_w, 6.0))]
-    return check(function, cases, misconceptions, "Right, on the tiny case and on a real layer.")
+    ladder = ("Look at which channels are large, a column with some |x| of 6 or more: of the tiny case "
+              "they are the second and the fourth. Then look at the two products apart.",
+              "large = (np.abs(x) >= threshold).any(axis=0). x[:, large] @ w[:, large].T is the float part; of the "
+              "other columns take scales by row, codes, their product, and multiply it by both scales.")
+    return check(function, cases, misconceptions, "Right, on the tiny case and on a real layer.", ladder=ladder)

@@ -4,7 +4,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from qlab import samples
-from qlab.exercises.checking import Case, check, recorded
+from qlab.exercises.checking import Case, by_part, check, recorded
 from qlab.exercises.predicting import Option, Question
 
 PREDICTIONS = {
@@ -132,4 +132,9 @@ def check_fold_batch_norm(function):
              right(*tiny)),
         Case("a corner, 2 × 2, of two kernels of the first convolution of qlab.digits", real, right(*real)),
     ]
-    return check(function, cases, misconceptions, "Right, on the tiny case and on weights of a real convolution.")
+    steps = by_part("Look at the weight first: which factor multiplies each output, and along which axis?",
+                    "The weight is right. Look at the bias: what does batch norm make of the output bias alone?")
+    hint = ("factor = gamma / np.sqrt(variance + eps). The weight is weight * factor[:, None, None, None], and the "
+            "bias beta + factor * (bias − mean).")
+    return check(function, cases, misconceptions, "Right, on the tiny case and on weights of a real convolution.",
+                 ladder=(steps, hint))

@@ -114,7 +114,17 @@ def check_straight_through(function):
     ]
     return check(partial(_values_or_gradient, function), cases,
                  [(partial(_values_or_gradient, idea), hint) for idea, hint in misconceptions],
-                 "Right: the values and the gradients, on the tiny case and on real activations.")
+                 "Right: the values and the gradients, on the tiny case and on real activations.",
+                 ladder=(_wrong_way, "u = x / s. Round it by u + (u.round() − u).detach(), then torch.clamp to qmin "
+                                     "and qmax, whose gradient is already right, and multiply by s."))
+
+
+def _wrong_way(answer, case):
+    """Whether to look at the way forward or at the way back."""
+    if case.arguments[0] == "x̂":
+        return "Look at the way forward: divide by s, round, clip, multiply by s. Print what each of them gives."
+    return ("The values are right. Look at the way back: what does each of x / s, rounding, clip and · s make of a "
+            "gradient? Together they must give 1 inside the range and 0 outside.")
 
 
 def _values_or_gradient(function, asked, x, *arguments):
@@ -123,13 +133,7 @@ def _values_or_gradient(function, asked, x, *arguments):
 
     x = torch.tensor(x, dtype=torch.float32, requires_grad=True)
     with torch.enable_grad():
-        try:
-            answer = ... if is_empty(function) else function(x, *arguments)
-        except RuntimeError as error:
-            if "numpy()" not in str(error):
-                raise
-            raise RuntimeError("NumPy keeps no gradients, so np.rint and np.clip cannot take this tensor. Use "
-                               "torch.round and torch.clamp. (With detach() no gradient would arrive.)") from error
+        answer = ... if is_empty(function) else function(x, *arguments)
         if asked == "x̂":
             return answer.tolist() if isinstance(answer, torch.Tensor) else answer
         if not isinstance(answer, torch.Tensor) or not answer.requires_grad:

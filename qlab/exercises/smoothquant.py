@@ -3,7 +3,7 @@
 import numpy as np
 
 from qlab import samples
-from qlab.exercises.checking import Case, check, recorded
+from qlab.exercises.checking import Case, by_part, check, recorded
 from qlab.exercises.predicting import Option, Question
 
 _OFF_AND_ENDS = "Look at s itself: at α = 0 it is 1 / max|w|, which is 1 only where max|w| is."
@@ -91,7 +91,9 @@ def check_smoothing_scales(function):
     real = [matrix.astype(np.float64) for matrix in samples.products()[12, "attn_in"]]
     cases = [Case(f"x = {x.tolist()}, w = {w.tolist()}, alpha = 0.75", (x, w, 0.75), right(x, w, 0.75)),
              Case("x and w of a real layer, alpha = 0.5", (*real, 0.5), right(*real, 0.5))]
-    return check(function, cases, misconceptions, "Right, on the tiny case and on a real layer.")
+    ladder = ("Look at the two rows of maxima first: the largest |x| and the largest |w| of each column.",
+              "np.abs(x).max(axis=0) ** alpha / np.abs(w).max(axis=0) ** (1 − alpha).")
+    return check(function, cases, misconceptions, "Right, on the tiny case and on a real layer.", ladder=ladder)
 
 
 @recorded
@@ -124,4 +126,7 @@ def check_fold(function):
     written = ", ".join(f"{name} = {value.tolist()}" for name, value in zip(("gain", "w", "s"), tiny, strict=True))
     cases = [Case(text, (gain, w, s), (gain / s, w * s))
              for text, (gain, w, s) in ((written, tiny), ("6 channels and 3 outputs", more))]
-    return check(function, cases, misconceptions, "Right: gain and weights changed, their product did not.")
+    steps = by_part("Look at the gain: the activations shall come out divided by s.",
+                    "The gain is right. Look at the weights: what the activations lose, each column must win.")
+    return check(function, cases, misconceptions, "Right: gain and weights changed, their product did not.",
+                 ladder=(steps, "gain / s, and w * s: NumPy lines s up with the columns of w."))

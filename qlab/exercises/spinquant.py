@@ -122,7 +122,9 @@ def check_hadamard(function):
         (lambda k: right(k - 1) if k else None, "This is half too small: order 2^k means k doublings."),
     ]
     cases = [Case(f"k = {k}", (k,), right(k)) for k in (1, 2, 0, 6)]
-    return check(function, cases, misconceptions, "Right, up to 64 × 64.")
+    ladder = ("Look at one doubling first: from [[1]] to [[1, 1], [1, −1]].",
+              "Begin with h = np.array([[1]]), and k times put h = np.block([[h, h], [h, -h]]).")
+    return check(function, cases, misconceptions, "Right, up to 64 × 64.", ladder=ladder)
 
 
 @recorded
@@ -161,4 +163,6 @@ def check_cayley(function):
     cases = [Case(f"skew = {quarter.tolist()}, step = {step}", (quarter, step), right(quarter, step))
              for step in (1.0, 2.0)]
     cases.append(Case("a 5 × 5 matrix and step = 0.5", (upper - upper.T, 0.5), right(upper - upper.T, 0.5)))
-    return check(function, cases, misconceptions, "Right, and orthogonal: RᵀR is I for every step.")
+    ladder = ("Look at the two brackets first, before one is inverted: I ± step/2 · A, with np.eye(len(skew)) for I.",
+              "np.linalg.solve(I − step/2 · A, I + step/2 · A) inverts the first and multiplies by the second.")
+    return check(function, cases, misconceptions, "Right, and orthogonal: RᵀR is I for every step.", ladder=ladder)

@@ -74,15 +74,20 @@ def test_a_misconception_is_recognised(name, wrong, hint):
 
 def claimed():
     """(check, wrong idea, hint) of all checks that keep a list of misconceptions."""
-    found = []
+    told, found = [], []
+
+    def keep(_, cases, misconceptions, *rest, **options):
+        told.extend(misconceptions)
+        return checking.Verdict(None, "")
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checking, "_LATEST", {})  # what comes here is no verdict
+        patch.setattr(checking, "_LATEST", {})
         for module in MODULE_OF.values():
-            patch.setattr(module, "check", lambda _, cases, misconceptions, *rest, **options: misconceptions,
-                          raising=False)
+            patch.setattr(module, "check", keep, raising=False)
         for name in CHECKS:
-            told = check(name, None)
-            found += [(name, idea, hint) for idea, hint in told] if isinstance(told, list) else []
+            check(name, None)
+            found += [(name, idea, hint) for idea, hint in told]
+            told.clear()
     return found
 
 
@@ -110,6 +115,45 @@ def test_no_hint_is_hidden_by_another(name, idea, hint):
         return answer
 
     assert hint in check(name, mistaken).text
+
+
+def unknown(*_):
+    return {"no": "number"}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_further_failures_are_told_the_step_and_then_the_hint(name):
+    first, second, third, fourth = (check(name, unknown).text for _ in range(4))
+    assert second.startswith(f"{first}\n  Look at ") and third.startswith(f"{second}\n  ") and fourth == third
+    assert 20 < len(second) - len(first) < 250 and 20 < len(third) - len(second) < 300
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_only_failures_count_and_a_pass_begins_anew(name):
+    first = check(name, unknown).text
+    assert check(name, lambda *_: ...).passed is None
+    assert check(name, unknown).text.startswith(f"{first}\n")
+    assert check(name, PLAINEST[name]).passed
+    assert check(name, unknown).text == first
+
+
+@pytest.mark.parametrize(("name", "wrong", "hint"), [
+    pytest.param(name, *mistake, id=name) for name, *mistake in {name: (name, *rest) for name, *rest in MISTAKES[::-1]
+                                                                 }.values()])
+def test_a_misconception_speaks_at_once_and_alone(name, wrong, hint):
+    alone = check(name, wrong).text
+    assert hint in alone
+    for may_come in (False, True):  # it is no failure of the ladder
+        assert ("\n  Look at " in check(name, unknown).text) == may_come
+        assert check(name, wrong).text == alone
+
+
+@pytest.mark.parametrize(("name", "wrong", "step"), collected("STEPS"))
+def test_the_step_that_is_wrong_is_found(name, wrong, step):
+    first, second = check(name, wrong), check(name, wrong)
+    assert first.passed is second.passed is False
+    assert step not in first.text
+    assert step in second.text.split("\n")[-1]
 
 
 def with_a_docstring(*_):

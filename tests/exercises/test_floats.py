@@ -74,6 +74,14 @@ MISTAKES = [
     ("decode", subnormal(0, -127), "as at exponent 1"),
     ("decode", subnormal(1, -126), "zero could not be written"),
     ("decode", lambda s, e, m: value(s, e, m) if e else 0, "only if all mantissa bits are 0"),
+    ("decode", lambda s, e, m: -1**s * value(0, e, m), "(−1)**s"),
+    ("encode", lambda x: fields(x, exponent=lambda e: 127 + max(e, 0)), "no digits before the point to count. Move"),
+    ("encode", lambda x: fields(x, exponent=lambda e: 127 + len(f"{int(abs(x)):b}".lstrip("0")) - 1), "is 0.00101"),
+    ("encode", lambda x: (*fields(x)[:2], int((2 * math.frexp(x)[0] - 1) * 2**23)), "made from x with its sign"),
+    ("encode", lambda x: (int(x < 0), math.floor(math.log2(x)) + 127, 0), "Take |x| first"),
+    ("encode", lambda x: (int(x < 0), int(np.float64("nan")) + 127, 0), "Take |x| first"),
+    ("encode", lambda x: fields(x)[0], "only one of 3 parts"),
+    ("encode", lambda x: (int(x < 0), int(abs(x) / 2^6), 0), "written with two stars"),
     ("encode", partial(fields, sign=(1, -1)), "not −1 and +1"),
     ("encode", partial(fields, sign=(1, 0)), "1 for a negative number"),
     ("encode", partial(fields, sign=(0, 0)), "1 for a negative number"),
@@ -98,6 +106,12 @@ MISTAKES = [
     ("spacing", lambda x, m: gap(x, m, round(math.log2(abs(x)))), "nor the nearest integer"),
     ("spacing", lambda x, m: gap(x, m, math.frexp(x)[1]), "math.frexp gives one more"),
     ("spacing", lambda x, m: gap(x, m, math.frexp(np.nextafter(abs(x), 0))[1] - 1), "next smaller number"),
+    ("spacing", lambda x, m: gap(x, m, math.floor(math.log2(x))), "Take |x| first"),
+    ("spacing", lambda x, m: gap(x, m, math.frexp(x)[1] - 1) if x > 0 else math.nan, "logarithm of a negative number"),
+    ("spacing", lambda x, m: gap(x, 0, math.frexp(x)[1] - 1), "mantissa_bits is not used"),
+    ("spacing", lambda x, m: gap(x, 10, math.frexp(x)[1] - 1), "those of FP16"),
+    ("spacing", lambda x, m: np.spacing(np.float32(abs(x))), "those of FP32"),
+    ("spacing", lambda x, m: np.spacing(abs(x)), "those of Python's own numbers"),
     ("spacing", lambda x, m: math.copysign(1, x) * gap(x, m, math.frexp(x)[1] - 1), "A distance is positive"),
 ]
 RIGHT = [
@@ -117,6 +131,18 @@ RIGHT = [
     ("spacing", lambda x, m: np.exp2(np.floor(np.log2(np.abs(np.float32(x)))) - np.float32(m))),
     ("spacing", lambda x, m: np.spacing(abs(x)) * 2 ** (52 - m)),
     ("spacing", lambda x, m: gap(x, m, int(math.log2(abs(x))))),  # |x| is at least 1
+]
+STEPS = [  # wrong in a way that no misconception explains, and the step that is told at the second failure
+    ("decode", lambda s, e, m: -value(s, e, m, bias=124), "the sign"),
+    ("decode", lambda s, e, m: value(s, e, m, bias=124), "yours is 2**3 times"),
+    ("decode", lambda s, e, m: value(s, e, m // 2), "1.m"),
+    ("decode", lambda s, e, m: value(s, e, m) if e else 3, "exponent 0 by itself"),
+    ("decode", lambda s, e, m: [1, 2], "what you return: one number"),
+    ("encode", lambda x: (2, *fields(x)[1:]), "the sign"),
+    ("encode", partial(fields, exponent=lambda e: e + 100), "The sign is right"),
+    ("encode", partial(fields, mantissa=lambda fraction: 5), "Sign and exponent are right"),
+    ("encode", lambda x: (1, 2), "3 parts"),
+    ("spacing", lambda x, m: 3, "the exponent first"),
 ]
 FIRST_CASES = [  # how the first case of a check is told
     ("decode", "For sign = 1, exponent = 133, mantissa = 7159808 (the word 0xC2ED4000): expected -118.625, "),
@@ -141,8 +167,13 @@ def test_what_is_asked():
 
 
 def test_an_exception_is_told_with_its_case():
-    verdict = check("spacing", lambda x, m: gap(x, m, math.floor(math.log2(x))))
-    assert verdict.text.startswith("For x = -1000.0, mantissa_bits = 23 (FP32), your function raised ValueError: ")
+    def fails(x, m):
+        return [x][m]
+
+    verdict, again = check("spacing", fails), check("spacing", fails)
+    assert verdict.text == "For x = 1000.0, mantissa_bits = 10 (FP16), your function raised IndexError: list index " + (
+        "out of range")
+    assert again.text == verdict.text + "\n  Look at this line: return [x][m]"
 
 
 def test_values_that_look_alike_are_told_apart():

@@ -42,6 +42,7 @@ MISTAKES = [
     ("multiplier", partial(multiplier, whole=int), "cut off"),
     ("multiplier", lambda m: (min(multiplier(m)[0], 2**31 - 1), multiplier(m)[1]), "held at 2^31 − 1"),
     ("multiplier", multiplier, "m is so close to 1"),
+    ("multiplier", lambda m: safe_multiplier(m)[0], "only one of 2 parts"),
 ]
 RIGHT = [
     ("multiplier", safe_multiplier),
@@ -49,6 +50,10 @@ RIGHT = [
     ("multiplier", lambda m: np.array(integer.quantize_multiplier(m), np.float64)),
     ("multiplier", lambda m: max((Fraction(1, 2) <= Fraction(round(Fraction(m) * 2 ** (31 + n)), 2**31) < 1,
                                   round(Fraction(m) * 2 ** (31 + n)), n) for n in range(-31, 9))[1:]),
+]
+STEPS = [  # wrong in a way that no misconception explains, and the step that is told at the second failure
+    ("multiplier", lambda m: (7, safe_multiplier(m)[1]), "Look at m0"),
+    ("multiplier", lambda m: (safe_multiplier(m)[0], safe_multiplier(m)[1] + 5), "m0 is right"),
 ]
 FIRST_CASES = [  # how the first case of a check is told
     ("multiplier", "For m = 0.25: expected (1073741824, 1), "),

@@ -124,7 +124,7 @@ RIGHT = [
 FIRST_CASES = [  # how the first case of a check is told
     ("token_scales", "For x = [[0.5, -14.0, 2.0], [1.0, 0.7, -0.35]], bits = 4: expected [2, 0.142857], "),
     ("decompose", "For x = [[0.3, 9.0, -1.0, -7.0], [-0.5, 0.4, 0.9, -8.0]], w = [[0.5, 0.2, -0.7, 0.1], [2.0, 1.0, "
-                  "-3.0, 4.0]], threshold = 6: expected [1.94142, -15.3339, -1.5967, -35.304], "),
+                  "-3.0, 4.0]], threshold = 6: expected [[1.94142, -15.3339], [-1.5967, -35.304]], "),
 ]
 
 

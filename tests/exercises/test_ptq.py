@@ -71,10 +71,14 @@ RIGHT = [
     ("fold_batch_norm", by_modules),
     ("fold_batch_norm", by_what_it_does),
 ]
+STEPS = [  # wrong in a way that no misconception explains, and the step that is told at the second failure
+    ("fold_batch_norm", partial(fold, weights=lambda w, k: 2 * w), "the weight first"),
+    ("fold_batch_norm", partial(fold, biases=lambda k, b, beta, mu: 7 * k), "The weight is right"),
+]
 FIRST_CASES = [  # how the first case of a check is told
     ("fold_batch_norm", "For weight = [[1.0, 2.0], [3.0, 4.0]] (two outputs, two inputs, 1 × 1 kernels), bias = [5.0, "
                         "1.0], gamma = [8.0, 9.0], beta = [0.5, -2.0], mean = [1.0, 3.0], variance = [3.0, 8.0], "
-                        "eps = 1: expected ([4, 8, 9, 12], [16.5, -8]), "),
+                        "eps = 1: expected ([[4, 8], [9, 12]], [16.5, -8]), "),
 ]
 
 

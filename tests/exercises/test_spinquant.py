@@ -57,7 +57,7 @@ RIGHT = [
     ("cayley", lambda a, step: (np.eye(len(a)) + step / 2 * a) @ np.linalg.inv(np.eye(len(a)) - step / 2 * a)),
 ]
 FIRST_CASES = [  # how the first case of a check is told
-    ("hadamard", "For k = 1: expected [1, 1, 1, -1], "),
+    ("hadamard", "For k = 1: expected [[1, 1], [1, -1]], "),
 ]
 
 
