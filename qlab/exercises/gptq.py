@@ -1,0 +1,194 @@
+"""Checks of lesson 08: bits per weight, a step of GPTQ, AWQ's scales, the time of a token; and its predictions."""
+
+import numpy as np
+
+from qlab import samples
+from qlab.exercises.checking import Case, check, recorded
+
+
+@recorded
+def check_group_bits(function):
+    """Check ``function(bits, group_size)``: what a weight takes when each group has a 16-bit scale and a zero-point.
+
+    The zero-point is a code, of ``bits`` bits.
+
+    References
+    ----------
+    Frantar et al. 2023, "GPTQ", section 4, on groups.
+
+    Examples
+    --------
+    >>> check_group_bits(lambda bits, group_size: bits + (16 + bits) / group_size)
+    ✓ Right, for groups and for whole rows.
+    """
+
+    def right(bits, group_size):
+        return bits + (16 + bits) / group_size
+
+    misconceptions = [
+        (lambda bits, group_size: bits + 16 / group_size, "The zero-point is missing: each group stores one, too."),
+        (lambda bits, group_size: bits + (32 + bits) / group_size, "The scale has 16 bits here, not 32."),
+        (lambda bits, group_size: bits + 32 / group_size, "The zero-point is a code: it takes the bits of one weight."),
+        (lambda bits, group_size: bits + 16 + bits, "Scale and zero-point are shared by the group: divide them by it."),
+        (lambda bits, group_size: bits * group_size + 16 + bits,
+         "This is what a group takes. Asked is what one of its weights takes."),
+        (lambda bits, group_size: (16 + bits) / group_size, "The code of the weight itself is missing."),
+        (lambda bits, group_size: bits + 2 / group_size, "Scale and zero-point are two numbers of several bits each."),
+    ]
+    cases = [Case(f"bits = {bits}, group_size = {size}", (bits, size), right(bits, size))
+             for bits, size in ((4, 10), (4, 64), (3, 64), (8, 576))]
+    return check(function, cases, misconceptions, "Right, for groups and for whole rows.")
+
+
+@recorded
+def check_column(function):
+    """Check ``function(w, u, j, step)``: the weights after column j was rounded and its error passed on.
+
+    w has the shape (outputs, inputs), u (inputs, inputs), upper triangular. Rounding is to multiples of ``step``. The
+    answer is a matrix: column j rounded, those behind it corrected, those before it as they were.
+
+    References
+    ----------
+    Frantar et al. 2023, "GPTQ", algorithm 1.
+
+    Examples
+    --------
+    >>> def column(w, u, j, step):
+    ...     rounded = step * np.round(w[:, j] / step)
+    ...     error = (w[:, j] - rounded) / u[j, j]
+    ...     w[:, j] = rounded
+    ...     w[:, j + 1:] -= np.outer(error, u[j, j + 1:])
+    ...     return w
+    >>> check_column(column)
+    ✓ Right, on the tiny case and on a real layer.
+    """
+
+    def build(share=lambda error, u, j: np.outer(error / u[j, j], u[j, j + 1:]), sign=-1, keep=False, column=0):
+        def function(w, u, j, step):
+            w = w.copy()
+            rounded = step * np.round(w[:, j] / step)
+            error = w[:, j] - rounded
+            if j + column >= 0:
+                w[:, j + 1:] += sign * share(error, u, j)
+            if not keep:
+                w[:, j] = rounded
+            return w
+        return function
+
+    right = build()
+    misconceptions = [
+        (build(sign=1), "The error is subtracted: w − ŵ is missing in the output, and w_k − e U_jk gives it back."),
+        (build(lambda error, u, j: np.outer(error, u[j, j + 1:])), "The error was not divided by U_jj."),
+        (build(lambda error, u, j: np.outer(error / u[j, j] ** 2, u[j, j + 1:])),
+         "The error was divided by U_jj twice: U holds roots of what H⁻¹ has, once is enough."),
+        (build(lambda error, u, j: np.outer(error / u[j, j], u[j + 1:, j])),
+         "This is column j of U below the diagonal, which is all zeros. The row j behind the diagonal is meant."),
+        (build(keep=True), "Column j itself was left as it was: it takes its rounded values."),
+        (lambda w, u, j, step: step * np.round(w / step),
+         "All columns were rounded. Only column j is; those behind it are corrected and wait for their turn."),
+        (build(lambda error, u, j: np.repeat(error[:, None], u.shape[0] - j - 1, axis=1)),
+         "Every column behind got the same share. Column k gets e U_jk."),
+    ]
+    tiny = np.array([[0.4, 0.7, 1.0], [1.3, -0.2, 0.5]]), np.array([[2.0, -1.0, 0.5], [0.0, 1.0, -0.5], [0, 0, 0.5]])
+    x, w = (matrix.astype(np.float64)[:, :48] for matrix in samples.products()[12, "attn_in"])
+    u = np.linalg.cholesky(np.linalg.inv(2 * x.T @ x + 0.1 * np.eye(48))).T
+    written = f"w = {tiny[0].tolist()}, u = {tiny[1].tolist()}"
+    cases = [Case(f"{written}, j = {j}, step = 1", (*tiny, j, 1.0), right(*tiny, j, 1.0)) for j in (0, 1)]
+    cases.append(Case("48 columns of a real layer, j = 7, step = 0.1", (w, u, 7, 0.1), right(w, u, 7, 0.1)))
+    return check(function, cases, misconceptions, "Right, on the tiny case and on a real layer.")
+
+
+@recorded
+def check_awq_scales(function):
+    """Check ``function(x, alpha)``, by what AWQ multiplies each column of the weights: mean|x|^α / √(max · min).
+
+    x has the shape (tokens, channels), the answer (channels,); max and min are those of mean|x|^α. No channel is 0
+    everywhere.
+
+    References
+    ----------
+    Lin et al. 2024, "AWQ", section 3.2, equation 5.
+
+    Examples
+    --------
+    >>> def awq(x, alpha):
+    ...     s = np.abs(x).mean(axis=0) ** alpha
+    ...     return s / np.sqrt(s.max() * s.min())
+    >>> check_awq_scales(awq)
+    ✓ Right, on the tiny case and on a real layer.
+    """
+
+    def build(size=lambda x: np.abs(x).mean(axis=0), norm=lambda s: np.sqrt(s.max() * s.min()),
+              power=lambda alpha: alpha):
+        def function(x, alpha):
+            s = size(x) ** power(alpha)
+            return s / norm(s)
+        return function
+
+    right = build()
+    misconceptions = [
+        (build(norm=lambda s: 1), "The division by √(max s · min s) is missing: it keeps the middle of s at 1."),
+        (build(size=lambda x: np.abs(x).max(axis=0)),
+         "This is max|x|, as in SmoothQuant. Here activations are not rounded, so the typical size counts: the mean."),
+        (build(size=lambda x: np.abs(x.mean(axis=0))), "First |x|, then the mean: positive and negative ones cancel."),
+        (build(size=lambda x: np.abs(x).mean(axis=1)),
+         "This is a mean for each token, over axis 1. A channel is a column: axis 0."),
+        (build(power=lambda alpha: -alpha),
+         "This is 1 / s: a column that meets large activations is multiplied by more, not by less."),
+        (build(power=lambda alpha: 1 - alpha), "α and 1 − α have changed places: α = 0 must leave all weights alone."),
+        (build(norm=lambda s: s.max() * s.min()), "The root is missing: √(max s · min s)."),
+        (build(norm=lambda s: s.mean()), "Divided is by √(max s · min s), and not by the mean of s."),
+        (build(norm=lambda s: s.max()), "Divided is by √(max s · min s), and not by the largest s."),
+    ]
+    x = np.array([[100.0, -24.0, 3.0], [-28.0, 8.0, 5.0]])
+    real = samples.products()[12, "attn_in"][0].astype(np.float64)
+    cases = [Case(f"x = {x.tolist()}, alpha = 0.5", (x, 0.5), right(x, 0.5)),
+             Case("x of a real layer, alpha = 0.25", (real, 0.25), right(real, 0.25))]
+    return check(function, cases, misconceptions, "Right, on the tiny case and on a real layer.")
+
+
+@recorded
+def check_roofline(function):
+    """Check ``function(weights, bits, tokens, bandwidth, rate)``: the seconds that a model's weights take at least.
+
+    The longer of two: reading all weights once, ``bandwidth`` in bytes per second, and a multiplication and an addition
+    for each weight and token, ``rate`` in operations per second.
+
+    References
+    ----------
+    Williams et al. 2009, "Roofline: an insightful visual performance model for multicore architectures".
+
+    Examples
+    --------
+    >>> check_roofline(lambda weights, bits, tokens, bandwidth, rate: max(
+    ...     weights * bits / 8 / bandwidth, 2 * weights * tokens / rate))
+    ✓ Right, under both parts of the roof.
+    """
+
+    def build(join=max, size=lambda weights, bits: weights * bits / 8, operations=lambda weights, tokens:
+              2 * weights * tokens):
+        return lambda weights, bits, tokens, bandwidth, rate: join(
+            size(weights, bits) / bandwidth, operations(weights, tokens) / rate)
+
+    right = build()
+    misconceptions = [
+        (build(join=lambda a, b: a + b),
+         "This is the sum. Reading and computing go on at the same time: the longer one decides."),
+        (build(size=lambda weights, bits: weights * bits), "The bandwidth counts bytes: 8 bits each."),
+        (build(operations=lambda weights, tokens: weights * tokens),
+         "Each weight takes a multiplication and an addition for each token: two operations."),
+        (build(operations=lambda weights, tokens: 2 * weights),
+         "This computes one token. Each weight is used for all tokens."),
+        (lambda weights, bits, tokens, bandwidth, rate: max(
+            tokens * weights * bits / 8 / bandwidth, 2 * weights * tokens / rate),
+         "The weights are read once for all tokens, not once for each."),
+        (lambda weights, bits, tokens, bandwidth, rate: weights * bits / 8 / bandwidth,
+         "This is the reading. With many tokens, computing takes longer: the longer one decides."),
+        (lambda weights, bits, tokens, bandwidth, rate: 2 * weights * tokens / rate,
+         "This is the computing. With few tokens, reading takes longer: the longer one decides."),
+    ]
+    cases = [Case("weights = {:g}, bits = {}, tokens = {}, bandwidth = {:g}, rate = {:g}".format(*given), given,
+                  right(*given))
+             for given in ((1e9, 4, 1, 1e10, 1e11), (1e8, 16, 8, 2e10, 1e10), (1e9, 4, 2, 1e10, 1e11),
+                           (1e9, 4, 256, 1e10, 1e11))]
+    return check(function, cases, misconceptions, "Right, under both parts of the roof.")
