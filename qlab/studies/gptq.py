@@ -15,6 +15,7 @@ import platform
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from qlab import outliers, samples, smollm, smoothquant
@@ -61,23 +62,69 @@ _JSON = Path(samples.__file__).with_name("gptq.json")
 
 
 def load():
-    """What was measured: {(part, method, text): list of Comparison} and {(part, method, than, text): list of Contrast}.
-
-    The lists go over the seeds.
+    """The table as it is shipped: {"versions": …, "tokens": …, "rows": […], "contrasts": […]}.
 
     Examples
     --------
-    >>> rows, contrasts = load()
-    >>> len(rows["W4A4KV4", "Hadamard, GPTQ", "code"]), rows["W4A4KV4", "Hadamard, GPTQ", "code"][0].kl > 0
-    (5, True)
+    >>> load()["rows"][0][:4]
+    ['W4A4KV4', 'nearest', 0, 'prose']
     """
-    table = json.loads(_JSON.read_text(encoding="utf-8"))
-    rows, contrasts = {}, {}
-    for part, method, _, text, *numbers in table["rows"]:
-        rows.setdefault((part, method, text), []).append(Comparison(*numbers))
-    for part, method, _, than, text, *numbers in table["contrasts"]:
-        contrasts.setdefault((part, method, than, text), []).append(Contrast(*numbers))
-    return rows, contrasts
+    return json.loads(_JSON.read_text(encoding="utf-8"))
+
+
+def row(part, method, text):
+    """What the table has of a method on one text: the mean over its seeds, and the hull of their intervals.
+
+    Parameters
+    ----------
+    part : str, of ``PARTS``
+    method : str
+        As in ``CONTRASTS``.
+    text : str, of `qlab.evaluation.TEXTS`
+
+    Returns
+    -------
+    Comparison
+
+    Raises
+    ------
+    ValueError
+        If the table has no such row.
+
+    Examples
+    --------
+    >>> row("W4A16", "GPTQ", "code").kl < row("W4A16", "nearest", "code").kl
+    True
+    """
+    *numbers, agreement = _found("rows", [part, method], [text])
+    return Comparison(*_hull(numbers), float(np.mean(agreement)))
+
+
+def contrast(part, method, than, text):
+    """One method of the table against another on one text, seed by seed, put together as by `row`.
+
+    Returns
+    -------
+    Contrast
+
+    Examples
+    --------
+    >>> contrast("W4A4KV4", "Hadamard, GPTQ", "Hadamard, nearest", "prose").resolved
+    True
+    """
+    return Contrast(*_hull(_found("contrasts", [part, method], [than, text])))
+
+
+def _found(kind, first, last):
+    """Columns of numbers of all entries that begin so, have a seed, and go on so."""
+    found = [entry[3 + len(last):] for entry in load()[kind] if entry[:2] == first and entry[3:3 + len(last)] == last]
+    if not found:
+        raise ValueError(f"the table must have {kind} of {', '.join(first + last)}, it has none")
+    return zip(*found, strict=True)
+
+
+def _hull(columns):
+    return [float(of(column)) for of, column in zip((np.mean, min, max) * 2, columns, strict=True)]
 
 
 class _Table:
