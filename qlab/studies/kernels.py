@@ -70,7 +70,7 @@ def four_bit(x, codes, params, accuracy_level=0):
     >>> w = np.eye(64, dtype=np.float32)
     >>> params = zero_point_params(w, 4, group_size=64)
     >>> x = np.arange(64, dtype=np.float32)[None]
-    >>> np.abs(four_bit(x, quantize(w, params), params) - x).max() < 1e-4
+    >>> bool(np.abs(four_bit(x, quantize(w, params), params) - x).max() < 1e-4)
     True
     """
     return _session([_four_bits(codes, params, accuracy_level)], gather=False).run(None, {f"x{x.shape[1]}": x})[0]
