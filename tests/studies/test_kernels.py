@@ -32,7 +32,7 @@ def model():
     return smollm.SmolLM(smollm.Sizes(vocab_size=9, hidden_size=64, intermediate_size=128, num_hidden_layers=2))
 
 
-@pytest.mark.parametrize("kind, error", [("FP32", 1e-5), ("int8", 0.02), ("4 bits", 0.15)])
+@pytest.mark.parametrize("kind, error", [("FP32", 1e-5), ("int8", 0.05), ("4 bits", 0.15)])
 def test_the_stopwatch_multiplies_every_matrix_of_the_blocks(model, kind, error):
     watch = kernels.Stopwatch(model, kind)
     matrices = [torch.cat([getattr(block, name).weight.detach() for name in names]).numpy()
