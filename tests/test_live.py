@@ -607,7 +607,7 @@ def test_colors_of_figures_stand_out_from_white(name):
 FIGURES = {  # what each is called with; texts name samples
     "float_bits": [], "mapping": [], "clipping": ["activations"], "drift": ["activations", "new_activations"],
     "granularity": ["weights"], "digits_ptq": [], "qat": [], "landscape": [], "outliers": [], "smoothing": [],
-    "codebooks": ["weights"], "rotation_2d": [], "rotation": [],
+    "codebooks": ["weights"], "rotation_2d": [], "rotation": [], "compensation": [], "clip_search": [],
     "training_run": [[{"step": 0, "loss": 1.0, "ranges": {"conv": (0.0, 3.0)}}]],
 }
 

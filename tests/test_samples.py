@@ -209,3 +209,14 @@ def test_the_script_writes_the_same_bytes_again(monkeypatch, tmp_path):
         for name in made.files:
             assert (made[name].shape, made[name].dtype) == (shipped[name].shape, shipped[name].dtype)
             assert name not in ARRAYS or (made[name] == shipped[name]).all()
+
+
+def test_a_part_of_o_is_a_small_file_with_its_shapes_and_dtype():
+    w, x, held_out = samples.part_of_o()
+    assert (w.shape, x.shape) == ((192, 64), (2048, 64))
+    assert {name: other.shape for name, other in held_out.items()} == {"prose": (512, 64), "code": (512, 64)}
+    for array in (w, x, *held_out.values()):
+        assert array.dtype == np.float32
+        assert (array == array.astype(np.float16)).all()
+    np.testing.assert_array_equal(samples.part_of_o()[0], w)
+    assert Path(samples.path("part_of_o.npz")).stat().st_size <= 400_000

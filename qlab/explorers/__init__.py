@@ -1,6 +1,6 @@
 """The live figures of the lessons. Each function takes data and returns a `qlab.live.Explorer`.
 
-A module is imported when one of its figures is first used: those of lessons 04 to 07 need torch.
+A module is imported when one of its figures is first used: those of lessons 04 to 08 need torch.
 """
 
 from importlib import import_module
@@ -15,6 +15,7 @@ _FIGURES = {  # each module's: it has the name of the core module, unless that i
     "training": ("training_run", "watch"),
     "outliers_figure": ("landscape", "outliers"),
     "smoothquant": ("smoothing",),
+    "gptq": ("clip_search", "compensation"),
     "spinquant": ("rotation", "rotation_2d", "watch_rotation"),
 }
 _MODULE_OF = {figure: module for module, figures in _FIGURES.items() for figure in figures}

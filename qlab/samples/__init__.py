@@ -2,8 +2,8 @@
 
 The sources, and the scripts that made the files:
 
-- ``smollm2.npz``, ``outliers_*.npz``: activations and weights of SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0);
-  `qlab.samples.extract`.
+- ``smollm2.npz``, ``outliers_*.npz``, ``part_of_o.npz``: activations and weights of SmolLM2-135M-Instruct
+  (HuggingFaceTB, Apache-2.0); `qlab.studies.samples`.
 - ``digits.npz``: images of hand-written digits, and two deep networks trained on them for this course. The images are
   a part of the UCI data set "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak 1998,
   https://doi.org/10.24432/C50P49, CC BY 4.0), as scikit-learn ships it; `qlab.samples.train_mlp`.
@@ -148,6 +148,32 @@ def gains():
     """
     return {place: _stored("gains.npz", f"{place[0]}_{place[1]}").astype(np.float32)
             for place in ((12, "attn_in"), (29, "mlp_in"))}
+
+
+def part_of_o():
+    """Inputs of o in layer 17 of the LLM for three texts, every third of three heads, and the weights that they meet.
+
+    Returns
+    -------
+    w : float32 array, shape (192, 64)
+        The first rows of o, of columns 1, 4, 7, …, 190.
+    x : float32 array, shape (2048, 64)
+        The inputs for the text to calibrate with, row = token.
+    held_out : dict of str to float32 array, shape (512, 64)
+        The same for "prose" and "code". All are stored as float16.
+
+    References
+    ----------
+    The texts: `qlab.evaluation.texts`. `qlab.studies.samples` made the file, and says why these inputs.
+
+    Examples
+    --------
+    >>> w, x, held_out = part_of_o()
+    >>> w.shape, x.shape, {name: other.shape for name, other in held_out.items()}
+    ((192, 64), (2048, 64), {'prose': (512, 64), 'code': (512, 64)})
+    """
+    w, x, *others = (_stored("part_of_o.npz", name).astype(np.float32) for name in ("w", "x", "prose", "code"))
+    return w, x, dict(zip(("prose", "code"), others, strict=True))
 
 
 def path(name):
