@@ -4,6 +4,101 @@ import numpy as np
 
 from qlab import samples
 from qlab.exercises.checking import Case, check, recorded
+from qlab.exercises.predicting import Number, Option, Question
+
+PREDICTIONS = {
+    "groups of 64": Question(
+        "Of the KL of rows, groups of 64 leave", (
+            Option("nine tenths or more", lambda left: left >= 0.85,
+                   "One large weight spoils a row of 576, or a group of 64. Read the ratios below the rows."),
+            Option("about a half", lambda left: 0.35 < left < 0.65),
+            Option("a tenth or less", lambda left: left < 0.15,
+                   "Most groups still have a largest weight that is far from the rest. Read the ratios below the rows."),
+        )),
+    "weights clipped": Question(
+        "The error of the output is then", (
+            Option("smaller, too", lambda ratio: ratio < 0.95,
+                   "Follow the black curve from the right. Which columns have the large errors, on the left?"),
+            Option("the same within a twentieth", lambda ratio: 0.95 <= ratio <= 1.05,
+                   "Follow the black curve from the right: where has it its least value, and where the blue one?"),
+            Option("larger", lambda ratio: ratio > 1.05),
+        ), move="Press least weight error."),
+    "the second weight": Number(
+        "The second weight of the first row, before it is rounded",
+        "The first token's output lacks 2 · 0.4, and this weight is multiplied by 1 there.",
+        wrong=((0.9, "It may move: it is not rounded yet, and can give back what the first token lacks."),
+               (0.1, "0.4 was taken away in the first column; the inputs of both have one sign, so it must be added here."),
+               (1.3, "The first token multiplies the first weight by 2: it lacks 0.8."),
+               (1.0, "That is 0.9 rounded. Before that it takes over what the first token lacks.")),
+        rtol=0.01),
+    "the weights of GPTQ": Question(
+        "The weights of GPTQ are", (
+            Option("nearer to the float weights", lambda far: far < 0.9,
+                   "Each weight was moved for the sake of others before it was rounded. Read the dB at 0 and at 64."),
+            Option("as far", lambda far: 0.9 <= far <= 1.1,
+                   "Each weight was moved for the sake of others before it was rounded. Read the dB at 0 and at 64."),
+            Option("farther from them", lambda far: far > 1.1),
+        )),
+    "few tokens": Question(
+        "With 64 tokens, the error on other prose ends", (
+            Option("below that of rounding to nearest", lambda ratio: ratio < 0.95,
+                   "64 tokens in 64 columns: what can the columns learn by heart? Compare the curves of the two texts."),
+            Option("where it was", lambda ratio: 0.95 <= ratio <= 1.05,
+                   "The weights have moved by steps: for other text that is not without effect. Compare the curves."),
+            Option("above it", lambda ratio: ratio > 1.05),
+        )),
+    "the model by GPTQ": Question(
+        "Of the KL of rounding to nearest, GPTQ leaves", (
+            Option("nine tenths", lambda left: left > 0.8,
+                   "A layer's error fell to six tenths in the figure, and KL goes with its square. Read the ratios."),
+            Option("about two thirds", lambda left: 0.55 < left <= 0.8,
+                   "That is a step of it. There are also the order and the ranges: read the ratios one by one."),
+            Option("a third or less", lambda left: left < 0.36),
+        )),
+    "α of AWQ": Question(
+        "The least error is at", (
+            Option("α = 0", lambda alpha: alpha == 0,
+                   "The ridge's column is rounded like all others there. Read the errors from α = 0 on."),
+            Option("between 0.2 and 0.8", lambda alpha: 0.2 <= alpha <= 0.8),
+            Option("α = 0.95", lambda alpha: alpha > 0.9,
+                   "Near 1 the ridge's column takes all steps of its group. Read the errors of the last lines."),
+        )),
+    "rotated and repaired": Question(
+        "After GPTQ on both, rotated divided by not rotated is", (
+            Option("above 1 on all three texts", lambda ratios: min(one.kl_low for one in ratios) > 1,
+                   "That holds for rounding to nearest. Read the ratios with GPTQ."),
+            Option("below 1 on all three texts", lambda ratios: max(one.kl_high for one in ratios) < 1,
+                   "Read the intervals of the last ratios: do all of them end below 1?"),
+            Option("not the same verdict on all three", lambda ratios: not (
+                min(one.kl_low for one in ratios) > 1 or max(one.kl_high for one in ratios) < 1),
+                   "Read the intervals of the last ratios, text by text."),
+        )),
+    "the dearest four": Question(
+        "The largest KL alone comes from", (
+            Option("the weights", lambda least: max(least, key=least.get) == "weights",
+                   "Rounded to nearest, they would be. Read the rows W4A16KV16 and W16A4KV16."),
+            Option("the activations", lambda least: max(least, key=least.get) == "activations"),
+            Option("the cache", lambda least: max(least, key=least.get) == "cache",
+                   "Its ranges are of 64 channels each, the keys rotated. Read the row W16A16KV4."),
+        )),
+    "four bits at 256 tokens": Question(
+        "At 256 tokens, four bits divided by FP32 take", (
+            Option("less than a half", lambda ratio: ratio < 0.5,
+                   "How often is a weight used that was read once? Compare the columns of 1 and of 256 tokens."),
+            Option("between a half and nine tenths", lambda ratio: 0.5 <= ratio < 0.9,
+                   "Compare the columns of 1 and of 256 tokens: which of the two is about reading?"),
+            Option("about as long, or longer", lambda ratio: ratio >= 0.9,
+                   "On this machine the four-bit kernel keeps a lead. Compare it with that at 1 token."),
+        )),
+    "four bits again": Question(
+        "The two are apart by", (
+            Option("less than 1 dB", lambda found: abs(found[0] - found[1]) < 1,
+                   "That is so after a rotation. As it is, the weights lie on a grid: which of the two finds it again?"),
+            Option("some dB", lambda found: 1 <= abs(found[0] - found[1]) < 20,
+                   "Read the dB of the matrix as it is: one of the two makes no error at all."),
+            Option("without limit", lambda found: abs(found[0] - found[1]) >= 20),
+        )),
+}
 
 
 @recorded
