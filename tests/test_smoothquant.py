@@ -13,8 +13,9 @@ from torch import nn
 
 from qlab import smollm
 from qlab.affine import absmax_params, fake_quantize, mse
+from qlab.evaluation import texts
 from qlab.outliers import statistics
-from qlab.smollm import READERS, SITES, reweighted, texts
+from qlab.smollm import READERS, SITES, reweighted
 from qlab.smoothquant import PAIRS, quantized, smooth, smoothed_statistics, smoothing_scales
 from tests.small_model import logits, relative, small_model, some_tokens, state_bytes
 
@@ -163,6 +164,14 @@ def test_activations_are_divided_by_s(model, tokens, found):
         torch.testing.assert_close(after[place].absmax, expected, rtol=1e-9, atol=0)
 
 
+def test_smoothed_statistics_are_those_of_the_smoothed_model(model, tokens, found):
+    alpha = {"attn_in": 0.3, "mlp_in": 0.6, "down_in": 0.9}
+    after = statistics(smooth(model, found, alpha, sites=PAIRS), tokens)
+    for place, said in smoothed_statistics(model, found, alpha, sites=PAIRS).items():
+        torch.testing.assert_close(said.low, after[place].low, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(said.high, after[place].high, rtol=1e-9, atol=1e-12)
+
+
 def test_smoothing_refuses(model, found, tokens):
     changed = reweighted(model, {}, "8-bit weights")
     missing = {place: value for place, value in found.items() if place != (1, "mlp_in")}
@@ -285,6 +294,6 @@ def test_torch_kernels(tokens):
 
 def test_the_real_model():
     model = smollm.load(progress=False)
-    tokens = texts(model, 2, 64)[1][:1]
+    tokens = texts(model)["prose"][:1, :64]
     smoothed = smooth(model, statistics(model, tokens), 0.8, sites=PAIRS)
     assert relative(logits(smoothed, tokens), logits(model, tokens)) <= 2e-4

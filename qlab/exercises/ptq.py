@@ -5,6 +5,42 @@ from safetensors.numpy import load_file
 
 from qlab import samples
 from qlab.exercises.checking import Case, check, recorded
+from qlab.exercises.predicting import Option, Question
+
+PREDICTIONS = {
+    "weights or activations": Question(
+        "1. Fewer digits are read right with", (
+            Option("4-bit weights", lambda right: right[0] < right[1] - 2),
+            Option("4-bit activations", lambda right: right[1] < right[0] - 2,
+                   "The activations lie between 0 and 6, all of it in use. What sets the scale of a layer's weights?"),
+            Option("neither", lambda right: abs(right[0] - right[1]) <= 2,
+                   "Compare the two accuracies: do they differ by more than two standard errors?"),
+        ), move="Take weight bits to 4. Then back to 8, and activation bits to 4."),
+    "the least help": Question(
+        "2. At 3 bits the least help is", (
+            Option("another calibrator", lambda gains: min(gains, key=gains.get) == "calibrator"),
+            Option("MSE ranges for the weights", lambda gains: min(gains, key=gains.get) == "weights",
+                   "Question 1 says which side has the error. MSE ranges work on that side."),
+            Option("one scale per channel", lambda gains: min(gains, key=gains.get) == "channels",
+                   "A scale for each channel frees the small kernels from the largest weight of the layer."),
+        ), move="Take both to 3 bits. Try each of the three alone, one scale per channel last."),
+    "the least ratio": Question(
+        "3. At 8 bits the output with the least ratio is that of", (
+            Option("the first layer", lambda place: place == 0,
+                   "The first layer has no error before it. The next one has two: its own, and what comes in."),
+            Option("a layer in the middle", lambda place: 0.2 < place < 0.7,
+                   "Each layer gets the errors of all before it, and adds one of its own."),
+            Option("a layer near the end", lambda place: place >= 0.7),
+        )),
+    "one layer alone": Question(
+        "4. Quantized alone, the most digits are cost by", (
+            Option("pointwise3", lambda layer: layer == "pointwise3",
+                   "Its output was the worst since it came last but one. Which share of that error was its own?"),
+            Option("the last layer, linear", lambda layer: layer == "linear",
+                   "Nothing comes after it that could make its error larger. Read the lower bar of each layer."),
+            Option("one of the first three layers", lambda layer: layer in {"conv", "depthwise1", "pointwise1"}),
+        ), move="Take both to 3 bits, with one scale per tensor and min-max, and read the lower bar of each layer."),
+}
 
 
 @recorded
@@ -22,19 +58,19 @@ def check_fold_batch_norm(function):
     Examples
     --------
     >>> def fold(weight, bias, gamma, beta, mean, variance, eps):
-    ...     gain = gamma / np.sqrt(variance + eps)
-    ...     return weight * gain[:, None, None, None], beta + gain * (bias - mean)
+    ...     factor = gamma / np.sqrt(variance + eps)
+    ...     return weight * factor[:, None, None, None], beta + factor * (bias - mean)
     >>> check_fold_batch_norm(fold)
     ✓ Right, on the tiny case and on weights of a real convolution.
     """
 
     def right(weight, bias, gamma, beta, mean, variance, eps):  # noqa: PLR0917
-        gain = gamma / np.sqrt(variance + eps)
-        return weight * gain[:, None, None, None], beta + gain * (bias - mean)
+        factor = gamma / np.sqrt(variance + eps)
+        return weight * factor[:, None, None, None], beta + factor * (bias - mean)
 
-    def with_gain(gain):
+    def with_factor(factor):
         return lambda weight, bias, gamma, beta, mean, variance, eps: (
-            weight * gain(gamma, variance, eps)[:, None, None, None], ...)
+            weight * factor(gamma, variance, eps)[:, None, None, None], ...)
 
     def with_weight(scaled):
         return lambda weight, bias, gamma, beta, mean, variance, eps: (
@@ -46,41 +82,41 @@ def check_fold_batch_norm(function):
 
     misconceptions = [
         (lambda *arguments: right(*arguments)[::-1], "Both are right, in the other order: return the weight first."),
-        (with_weight(lambda weight, gain: weight * gain),
+        (with_weight(lambda weight, factor: weight * factor),
          "NumPy lines up the last axes, so the factors met the columns of the kernels here. They belong to the "
-         "outputs, axis 0: gain[:, None, None, None]."),
-        (with_weight(lambda weight, gain: weight * gain[:, None, None]),
+         "outputs, axis 0: factor[:, None, None, None]."),
+        (with_weight(lambda weight, factor: weight * factor[:, None, None]),
          "The factors went along axis 1, the inputs. Batch norm comes after the convolution, so each output has its "
-         "own: axis 0, gain[:, None, None, None]."),
-        (with_weight(lambda weight, gain: weight),
+         "own: axis 0, factor[:, None, None, None]."),
+        (with_weight(lambda weight, factor: weight),
          "The weight is still the old one. Batch norm multiplies each output by γ / √(σ² + ε): so must the weight."),
-        (with_gain(lambda gamma, variance, eps: gamma / (variance + eps)),
+        (with_factor(lambda gamma, variance, eps: gamma / (variance + eps)),
          "The square root is missing. Batch norm divides by the standard deviation, √(σ² + ε)."),
-        (with_gain(lambda gamma, variance, eps: gamma / np.sqrt(variance)),
+        (with_factor(lambda gamma, variance, eps: gamma / np.sqrt(variance)),
          "The argument eps has no effect here. The network was trained with √(σ² + ε), and folding must not change "
          "what it computes: add eps to the variance."),
-        (with_gain(lambda gamma, variance, eps: gamma / (np.sqrt(variance) + eps)),
+        (with_factor(lambda gamma, variance, eps: gamma / (np.sqrt(variance) + eps)),
          "eps is added to the root here. It belongs under it: √(σ² + ε)."),
-        (with_gain(lambda gamma, variance, eps: np.sqrt(variance + eps) / gamma),
+        (with_factor(lambda gamma, variance, eps: np.sqrt(variance + eps) / gamma),
          "The factor is upside down: batch norm multiplies by γ and divides by √(σ² + ε)."),
-        (with_gain(lambda gamma, variance, eps: 1 / np.sqrt(variance + eps)),
+        (with_factor(lambda gamma, variance, eps: 1 / np.sqrt(variance + eps)),
          "γ is missing: batch norm multiplies by it after dividing by √(σ² + ε)."),
-        (with_bias(lambda gain, bias, beta, mean: beta),
+        (with_bias(lambda factor, bias, beta, mean: beta),
          "The weight is right. β alone is not the bias: the old bias and the mean also go through batch norm, as "
          "γ (bias − μ) / √(σ² + ε)."),
-        (with_bias(lambda gain, bias, beta, mean: bias),
+        (with_bias(lambda factor, bias, beta, mean: bias),
          "The weight is right, and the bias is still the old one. Batch norm shifts the outputs, too: "
          "β + γ (bias − μ) / √(σ² + ε)."),
-        (with_bias(lambda gain, bias, beta, mean: beta + gain * bias),
+        (with_bias(lambda factor, bias, beta, mean: beta + factor * bias),
          "The weight is right. In the bias the mean is missing: batch norm subtracts μ before it multiplies."),
-        (with_bias(lambda gain, bias, beta, mean: beta - gain * mean),
+        (with_bias(lambda factor, bias, beta, mean: beta - factor * mean),
          "The weight is right, but the old bias is lost. Batch norm sees the convolution with its bias: bias − μ."),
-        (with_bias(lambda gain, bias, beta, mean: beta + bias - gain * mean),
+        (with_bias(lambda factor, bias, beta, mean: beta + bias - factor * mean),
          "The weight is right. The old bias must be scaled as the weight is, by γ / √(σ² + ε)."),
-        (with_bias(lambda gain, bias, beta, mean: beta + gain * bias - mean),
+        (with_bias(lambda factor, bias, beta, mean: beta + factor * bias - mean),
          "The weight is right. Batch norm subtracts the mean before it multiplies, so μ is scaled as well: "
          "γ (bias − μ) / √(σ² + ε)."),
-        (with_bias(lambda gain, bias, beta, mean: gain * (bias - mean)),
+        (with_bias(lambda factor, bias, beta, mean: factor * (bias - mean)),
          "The weight is right. In the bias β is missing: batch norm adds it last."),
     ]
     weight, *tiny = (np.array(numbers, float) for numbers in (

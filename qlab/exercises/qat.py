@@ -6,6 +6,39 @@ import numpy as np
 
 from qlab import samples
 from qlab.exercises.checking import Case, check, is_empty, recorded
+from qlab.exercises.predicting import Option, Question
+
+PREDICTIONS = {
+    "slope of round": Question(
+        "The derivative of round(x) is", (
+            Option("1", lambda slopes: np.mean(slopes == 1) > 0.9,
+                   "On the whole the staircase rises by 1 for each 1. Between two jumps, what changes when x does?"),
+            Option("0, but at the jumps there is none", lambda slopes: 0.9 < np.mean(slopes == 0) < 1),
+            Option("undefined everywhere", lambda slopes: np.isnan(slopes).all(),
+                   "Between two jumps the staircase is flat. What is the slope of a flat line?"),
+        )),
+    "training at 3 bits": Question(
+        "With 3 bits, training ends at", (
+            Option("less than 90 %", lambda accuracy: accuracy < 90,
+                   "That is what the best of PTQ had. But PTQ cannot move weights to the levels."),
+            Option("90 to 95 %", lambda accuracy: 90 <= accuracy <= 95, "Read the accuracy at the last step."),
+            Option("more than 95 %", lambda accuracy: accuracy > 95),
+        ), move="Run the training, and wait for its last step."),
+    "more floats": Question(
+        "Trained on in floats, and then 3 bits by PTQ:", (
+            Option("its best seed reaches the worst of LSQ", lambda right: right[0] >= right[1],
+                   "Compare the most of the row “more floats, PTQ, MSE” with the least of LSQ."),
+            Option("no seed reaches any of LSQ", lambda right: right[0] < right[1]),
+        )),
+    "PACT at 2 bits": Question(
+        "PACT at 2 bits, with the weights' ranges fixed by MSE:", (
+            Option("still about 10 %", lambda right: right < 20,
+                   "With max|w| at 2 bits most weights become 0. Where do they go when the range ends earlier?"),
+            Option("about 80 %", lambda right: 70 < right < 86),
+            Option("as good as LSQ", lambda right: right >= 86,
+                   "Compare with the row of LSQ: its activations learn their step, too."),
+        )),
+}
 
 
 @recorded
@@ -90,7 +123,13 @@ def _values_or_gradient(function, asked, x, *arguments):
 
     x = torch.tensor(x, dtype=torch.float32, requires_grad=True)
     with torch.enable_grad():
-        answer = ... if is_empty(function) else function(x, *arguments)
+        try:
+            answer = ... if is_empty(function) else function(x, *arguments)
+        except RuntimeError as error:
+            if "numpy()" not in str(error):
+                raise
+            raise RuntimeError("NumPy keeps no gradients, so np.rint and np.clip cannot take this tensor. Use "
+                               "torch.round and torch.clamp. (With detach() no gradient would arrive.)") from error
         if asked == "x̂":
             return answer.tolist() if isinstance(answer, torch.Tensor) else answer
         if not isinstance(answer, torch.Tensor) or not answer.requires_grad:

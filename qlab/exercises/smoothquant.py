@@ -4,6 +4,40 @@ import numpy as np
 
 from qlab import samples
 from qlab.exercises.checking import Case, check, recorded
+from qlab.exercises.predicting import Option, Question
+
+_OFF_AND_ENDS = "Look at s itself: at α = 0 it is 1 / max|w|, which is 1 only where max|w| is."
+PREDICTIONS = {
+    "alpha 0": Question("At α = 0, smoothing", (  # of s and the peaks of X / s and W s
+        Option("is off", lambda found: np.allclose(found[0], 1), _OFF_AND_ENDS),
+        Option("makes all channels of X equally large", lambda found: np.ptp(found[1]) < 1e-9,
+               "That is α = 1: s = max|x|, and each channel of X / s reaches 1."),
+        Option("makes all columns of W equally large", lambda found: np.ptp(found[2]) < 1e-9),
+    )),
+    "best alpha": Question("In layer 12, the least error of Y is", (
+        Option("at α = 0", lambda alpha: alpha == 0, "Follow the curve to its left end: how large are the channels of "
+               "X there?"),
+        Option("inside", lambda alpha: 0 < alpha < 1),
+        Option("at α = 1", lambda alpha: alpha == 1, "Follow the curve to its right end: who has the outliers there?"),
+    ), move="Choose the direction X / s, W · s."),
+    "the slides' direction": Question("The direction on the slides, in layer 12, is", (  # least error over α, and off
+        Option("better than off for some α", lambda errors: errors[0] < errors[1],
+               "Compare the whole curve with the dashed line."),
+        Option("worse than off for every α", lambda errors: errors[0] > errors[1]),
+    ), move="Choose the direction X · s, W / s (slides)."),
+    "which pair": Question("In this model, in static 8 bits, the divergence falls most by", (  # what each leaves of it
+        Option("the paper's two pairs", lambda left: left[0] < left[1] / 1.5,
+               "Remember where lesson 05 found the harm, and which site the pairs do not touch."),
+        Option("the pair up → down", lambda left: left[1] < left[0] / 1.5),
+        Option("both about equally", lambda left: 1 / 1.5 <= left[0] / left[1] <= 1.5,
+               "Remember where lesson 05 found the harm, and which site the pairs do not touch."),
+    )),
+    "which level": Question("Smoothing takes the larger share of the divergence away", (  # left of it: token, tensor
+        Option("with one scale per token (O1)", lambda left: left[0] < left[1],
+               "A token's own scale has already kept the needle of one token from all others."),
+        Option("with one scale per tensor (O2, O3)", lambda left: left[1] < left[0]),
+    )),
+}
 
 
 @recorded

@@ -198,6 +198,7 @@ def codebooks(x, format="MXFP4"):
         handles=[Handle("the value", artists.above, lambda result: (result.value, None),
                         lambda x, y, start: {"value": x})],
         ghost=[artists.levels, artists.errors, *artists.rings], main=("sqnr_db", "dB"),
+        parts={"formats": artists.panels},
         title="Levels for a block",
         description="Left above: the histogram of the values of a block, with a line for each level that its format "
         "and scale give it; a value in the hand and the level that it goes to. Left below: the error of each value. "

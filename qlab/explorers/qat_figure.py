@@ -135,6 +135,7 @@ def qat(bits=3):
     return Explorer(
         figure, controls, compute, partial(_draw_rounding, artists), read, couple=couple, handles=_handles(figure),
         ghost=[artists.stairs, artists.estimate, artists.by_parameter, *artists.here], main=("x_hat", "units of x"),
+        parts={"derivatives": [artists.true, artists.jumps, artists.estimate, artists.dots[1]]},
         title="A gradient through rounding",
         description="Above: the quantized value against the value, a staircase with flat ends. In the middle: its "
         "derivative, 0 between the jumps, and the straight-through estimator, 1 inside the range. Below: the "
@@ -189,7 +190,7 @@ def _rounding_figure():
         dots = [axes.plot([], [], color=color, **look, **moving)[0]
                 for axes, color in ((above, BLUE), (middle, VERMILION), (below, ORANGE))]
         above.legend([stairs, Line2D([], [], color=BLACK, lw=1, ls=":")], ["quantized", "x itself"], loc="upper left")
-        middle.legend([true, estimate], ["true: 0, and none at a jump (grey)", "straight-through"], ncols=2,
+        middle.legend([true, estimate], ["the derivative (grey: x̂ jumps)", "straight-through"], ncols=2,
                       loc="lower left", bbox_to_anchor=(0, 0.97), frameon=False, borderaxespad=0)
         for axes in (above, middle):
             axes.get_legend().set_animated(False)

@@ -1,5 +1,6 @@
 """Lesson 04: a training, replayed and live."""
 
+import itertools
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +36,7 @@ class Run:
     now: dict  # what was recorded last, up to that step
 
 
-def training_run(history):
+def training_run(history, levels=None):
     """Replay a training: drag its step, or press play.
 
     Left, the loss of each mini-batch and the accuracy, with a line at the present step, to be dragged. Right, the range
@@ -46,6 +47,8 @@ def training_run(history):
     history : list of dicts, in the order of their steps
         Each has "step" (int) and what was recorded at that step: "loss" (nats, ≥ 0), "accuracy" (percent), "ranges"
         (dict of layer to (alpha, beta), always of the same layers). What `watch` records, or a loop of your own.
+    levels : dict of str to float, optional
+        Accuracies in percent to compare with, such as those before the training: a line for each.
 
     Returns
     -------
@@ -77,7 +80,7 @@ def training_run(history):
     """
     if not isinstance(history, (list, tuple)) or not history:
         raise ValueError(f"history must be a list of at least one dict, got {history!r}")
-    history = list(history)
+    history, levels = list(history), _checked_levels(levels)
     for i, record in enumerate(history):
         check_record(record, history[:i])
     curves = _curves(history)
@@ -87,7 +90,7 @@ def training_run(history):
     play = widgets.Play(value=last, min=first, max=last, step=max(1, (last - first) // _PLAY_FRAMES),
                         interval=_PLAY_MILLISECONDS)
     widgets.jslink((play, "value"), (slider, "value"))
-    figure, artists = _run_figure(list(curves.first_ranges), first, last)
+    figure, artists = _run_figure(list(curves.first_ranges), first, last, levels)
     return Explorer(
         figure, {"step": slider}, lambda step: Run(curves, _latest(history, step)), partial(_draw_run, artists),
         _read_run, arrange=lambda controls, chips: widgets.HBox([play, slider]),
@@ -122,6 +125,8 @@ class watch(Watching):
         It is called before the first step, after every ``every``-th one and after the last.
     every : int, ≥ 1
         Steps between two measurements and two pictures.
+    levels : dict of str to float, optional
+        As `training_run`.
 
     Attributes
     ----------
@@ -151,14 +156,26 @@ class watch(Watching):
     (100, 100.0, 101)
     """
 
+    def __init__(self, steps, measure, every=10, *, levels=None):
+        self._levels = _checked_levels(levels)
+        super().__init__(steps, measure, every)
+
     def _new_explorer(self, controls, arrange):
-        figure, artists = _run_figure(list(self.history[0].get("ranges", {})), 0, self._total)
+        figure, artists = _run_figure(list(self.history[0].get("ranges", {})), 0, self._total, self._levels)
         return Explorer(figure, controls, lambda step: Run(_curves(self.history), _latest(self.history, step)),
                         partial(_draw_run, artists), _read_run, arrange=arrange, **_RUN_WORDS)
 
     def _of_step(self, step):
         """What is recorded of a step."""
         return {"step": step.step, "loss": step.loss}
+
+
+def _checked_levels(levels):
+    levels = dict(levels or {})
+    for name, percent in levels.items():
+        if not (isinstance(percent, (int, float, np.number)) and 0 <= percent <= 100):
+            raise ValueError(f"levels must be from 0 to 100, got {percent!r} for {name!r}")
+    return levels
 
 
 def _curves(history):
@@ -209,7 +226,7 @@ _RUN_WORDS = {
 }
 
 
-def _run_figure(layers, first, last):
+def _run_figure(layers, first, last, levels):
     with new_figure() as figure:
         grid = figure.add_gridspec(2, 2, width_ratios=[1, 0.95] if layers else [1, 0.01])
         above, below, right = (figure.add_subplot(part) for part in (grid[0, 0], grid[1, 0], grid[:, 1]))
@@ -219,6 +236,10 @@ def _run_figure(layers, first, last):
         for axes in (above, below):
             axes.set_xlim(first, max(last, first + 1))
         above.tick_params(axis="x", labelbottom=False)
+        for (name, percent), dashes in zip(levels.items(), itertools.cycle(["-", "--", ":"])):
+            below.axhline(percent, color=BLACK, lw=1, ls=dashes, label=f"{name}: {percent:.1f} %")
+        if levels:
+            below.legend(loc="lower right", fontsize=12)
         losses = above.plot([], [], color=BLUE, lw=1.2, **moving)[0]
         accuracies = below.plot([], [], "o-", color=ORANGE, ms=4, clip_on=False, **moving)[0]
         here = [axes.axvline(first, color=BLACK, lw=1.6, ls="--", animated=True) for axes in (above, below)]

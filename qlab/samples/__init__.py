@@ -2,8 +2,8 @@
 
 The sources, and the scripts that made the files:
 
-- ``smollm2.npz``, ``outliers_*.npz``, ``part_of_o.npz``: activations and weights of SmolLM2-135M-Instruct
-  (HuggingFaceTB, Apache-2.0); `qlab.studies.samples`.
+- ``smollm2.npz``, ``outliers_*.npz``, ``smoothing.npz``, ``part_of_o.npz``: activations and weights of
+  SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0); `qlab.studies.samples` and `qlab.studies.smoothquant`.
 - ``digits.npz``: images of hand-written digits, and two deep networks trained on them for this course. The images are
   a part of the UCI data set "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak 1998,
   https://doi.org/10.24432/C50P49, CC BY 4.0), as scikit-learn ships it; `qlab.samples.train_mlp`.
@@ -131,6 +131,32 @@ def products():
     """
     files = {(layer, site): f"outliers_{layer}_{site}.npz" for layer, site in _PRODUCTS}
     return {place: tuple(_stored(file, name).astype(np.float32) for name in "xw") for place, file in files.items()}
+
+
+def largest_weights():
+    """How far the whole matrices at the places of `products` reach, before and after smoothing.
+
+    Returns
+    -------
+    dict of (layer, site) to (columns, values, at), float32, float32 and int64
+        ``columns`` (channels,): the largest |W| over all matrices that read the place, such as q, k and v. ``values``
+        and ``at`` (outputs, few): of each row of the matrix in `products`, |W| and column of what can be the row's
+        largest, for every s of `qlab.smoothquant` of these x: the largest of W s is that of ``values * s[at]``.
+
+    References
+    ----------
+    `qlab.studies.smoothquant` made the file.
+
+    Examples
+    --------
+    >>> columns, values, at = largest_weights()[12, "attn_in"]
+    >>> columns.shape, len(values) == len(at) == 576
+    ((576,), True)
+    """
+    return {(layer, site): (*(_stored("smoothing.npz", f"{layer}_{site}_{name}").astype(np.float32)
+                              for name in ("columns", "values")),
+                            _stored("smoothing.npz", f"{layer}_{site}_at").astype(np.int64))
+            for layer, site in _PRODUCTS}
 
 
 def gains():

@@ -34,12 +34,38 @@ def after_training(bits, seed, calibrator, model=None):
     return _accuracy(quantized)
 
 
-def aware(bits, seed, scheme):
+def aware(bits, seed, scheme, change=None):
     """Test accuracy in percent after training on with quantizers in place: integer zero-points, float biases."""
     model = qat.prepare(ptq.fold_batch_norm(digits.load()), scheme, subset(seed), weight_bits=bits,
                         activation_bits=bits)
+    if change:
+        change(model, bits, seed)
     _train(model, seed)
     return _accuracy(qat.convert(model))
+
+
+def weights_of_lsq(model, bits, seed):
+    """Give the weights the learned steps of LSQ; the activations keep their scheme."""
+    lsq = qat.prepare(ptq.fold_batch_norm(digits.load()), "LSQ", subset(seed), weight_bits=bits, activation_bits=bits)
+    for layer, other in _layers(model, lsq):
+        layer.weight_quantizer = other.weight_quantizer
+
+
+def weights_of_mse(model, bits, seed):
+    """Fix the step of the weights where their squared error is least before the training; the codes are as before."""
+    for (layer,) in _layers(model):
+        weight = layer.layer.weight.detach()
+        scale = ptq.weight_params(weight, bits, weight_range="MSE").scale
+        layer.weight_quantizer = qat.LSQ(bits, scale, n=weight.numel()).requires_grad_(False)
+        layer.weight_quantizer.qn = layer.weight_quantizer.qp  # without the lowest code, as max|w| has it
+
+
+def ends_in_8_bits(model, bits, seed):
+    """Give the first and the last layer 8 bits, for weights and inputs."""
+    fine = qat.prepare(ptq.fold_batch_norm(digits.load()), "LSQ", subset(seed), weight_bits=8, activation_bits=8)
+    first, *_, last = _layers(model, fine)
+    for layer, other in (first, last):
+        layer.weight_quantizer, layer.input_quantizer = other.weight_quantizer, other.input_quantizer
 
 
 def after_more_floats(bits, seed, calibrator):
@@ -54,7 +80,14 @@ METHODS = {
     "PTQ, MSE": (after_training, "MSE"),
     "more floats, PTQ, min-max": (after_more_floats, "min-max"),
     "more floats, PTQ, MSE": (after_more_floats, "MSE"),
-    **{f"QAT, {scheme}": (aware, scheme) for scheme in qat.SCHEMES},
+    "QAT, Jacob, w: max|w|": (aware, "Jacob"),
+    "QAT, PACT, w: max|w|": (aware, "PACT"),
+    "QAT, PACT, w: MSE, fixed": (aware, "PACT", weights_of_mse),
+    "QAT, Jacob, w: LSQ": (aware, "Jacob", weights_of_lsq),
+    "QAT, PACT, w: LSQ": (aware, "PACT", weights_of_lsq),
+    "QAT, LSQ": (aware, "LSQ"),
+    "QAT, LSQ+": (aware, "LSQ+"),
+    "QAT, LSQ, ends in 8 bits": (aware, "LSQ", ends_in_8_bits),
 }
 
 
@@ -72,8 +105,14 @@ def load():
 def row(method, bits, seed):
     """One row of the table, computed now, on one core."""
     torch.set_num_threads(1)  # sums in a fixed order
-    function, choice = METHODS[method]
-    return {"method": method, "bits": bits, "seed": seed, "accuracy": round(function(bits, seed, choice), 2)}
+    function, *choices = METHODS[method]
+    return {"method": method, "bits": bits, "seed": seed, "accuracy": round(function(bits, seed, *choices), 2)}
+
+
+def _layers(*models):
+    """The layers of models of one architecture, side by side."""
+    layers = ([module for module in model.modules() if isinstance(module, qat.QATLayer)] for model in models)
+    return list(zip(*layers, strict=True))
 
 
 def _train(model, seed):

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -91,6 +92,16 @@ def test_the_gradients_of_the_tiny_case_are_told():
         "s = 0.5, qmin = -4, qmax = 3: expected [0, 1, 1, 1, 1, 1, 1, 0], "
         "your function gave [0, 0, 0, 0, 0, 0, 0, 0].\n")
     assert "your function gave 'no gradient'.\n" in check("straight_through", torch.no_grad()(rounded)).text
+
+
+@pytest.mark.parametrize("numpys", [
+    lambda x, s, low, high: s * np.clip(np.rint(x / s), low, high),
+    lambda x, s, low, high: s * np.clip((x / s).round(), low, high),
+])
+def test_numpys_functions_are_told_of_torchs(numpys):
+    text = check("straight_through", numpys).text
+    assert "no gradient" in text
+    assert "torch.round" in text or "torch.round" in str(numpys)
 
 
 def test_an_exception_on_the_way_back_is_told():

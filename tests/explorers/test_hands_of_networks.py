@@ -321,10 +321,10 @@ def test_layers_and_broken_digits():
     strip, bars, pictures = hand.explorer.figure.axes
     readout = hand.explorer.readout
     layers = [label.get_text() for label in bars.get_yticklabels()]
-    worst = layers.index(readout["worst_layer"])
+    worst = layers.index(readout["least_sqnr"])
     told = hand.under(bars, (10, worst + 0.3))
-    assert told.startswith(f"{readout['worst_layer']}, ")
-    assert told.endswith(f"SQNR of its output: {readout['worst_sqnr_db']:.1f} dB".replace("-", "−"))
+    assert told.startswith(f"{readout['least_sqnr']}, ")
+    assert f"SQNR of its output: {readout['least_sqnr_db']:.1f} dB\n".replace("-", "−") in told
     right = round(readout["accuracy"] * 3.6)
     assert hand.under(strip, (50, 0.5)) == f"{right} of 360 test images are read right"
     captions = [text.get_text() for text in pictures.texts[2:]]

@@ -1,5 +1,6 @@
 """The live figure of post-training quantization against qlab.ptq alone."""
 
+import copy
 from functools import lru_cache
 from pathlib import Path
 
@@ -7,13 +8,12 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from matplotlib.colors import to_rgba
 from sklearn.metrics import confusion_matrix
 
 from qlab import digits, ptq
+from qlab.affine import sqnr_db
 from qlab.explorers import digits_ptq
 from qlab.explorers.ptq import _most_confused
-from qlab.live import VERMILION
 from tests.explorers.checks import (
     assert_same_whichever_way,
     assert_words,
@@ -114,6 +114,18 @@ def sqnr_of_layers(model, quantized):
     return {name: 10 * np.log10(np.sum(x**2) / np.sum((x - rounded[name]) ** 2)) for name, x in exact.items()}
 
 
+def each_layer_alone(model, quantized):
+    """Accuracy in percent, and decibels of the logits, with one layer quantized and the others in float."""
+    accuracies, ratios = {}, {}
+    for name in ptq.layers(model):
+        alone = copy.deepcopy(model)
+        alone.set_submodule(name, quantized.get_submodule(name))
+        accuracies[name] = digits.accuracy(alone, DATA.test_images, DATA.test_labels)
+        with torch.no_grad():
+            ratios[name] = float(sqnr_db(model(DATA.test_images), alone(DATA.test_images)))
+    return accuracies, ratios
+
+
 @pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("changes", ORDINARY, ids=str)
 def test_digits_ptq_reads_what_ptq_computes(changes):
@@ -122,12 +134,14 @@ def test_digits_ptq_reads_what_ptq_computes(changes):
     quantized, model = quantized_network(**setting), float_network()[0]
     sqnr = sqnr_of_layers(model, quantized)
     truth, before, after = DATA.test_labels.numpy(), predictions(model), predictions(quantized)
-    worst = min(sqnr, key=sqnr.get)
+    least = min(sqnr, key=sqnr.get)
+    accuracies, ratios_alone = each_layer_alone(model, quantized)
+    worst = min(sqnr, key=lambda name: (round(accuracies[name], 6), ratios_alone[name]))
     bytes_in_all = sum(
         layer.weight.numel() * setting["weight_bits"] / 8 + 4 * layer.bias.numel()
         + 4 * (len(layer.weight) if setting["weights"] == "per channel" else 1) for layer in ptq.layers(model).values())
     readout = dict(explorer.readout)
-    assert readout.pop("worst_layer") == worst
+    assert (readout.pop("least_sqnr"), readout.pop("worst_alone")) == (least, worst)
     confusions = confusion_matrix(truth, after, labels=range(10))
     np.fill_diagonal(confusions, 0)
     times = confusions.max()
@@ -137,21 +151,25 @@ def test_digits_ptq_reads_what_ptq_computes(changes):
         "accuracy": digits.accuracy(quantized, DATA.test_images, DATA.test_labels),
         "float_accuracy": digits.accuracy(digits.load(), DATA.test_images, DATA.test_labels),
         "broken": np.sum((before == truth) & (after != truth)), "mended": np.sum((before != truth) & (after == truth)),
-        "worst_sqnr_db": sqnr[worst], "size_kb": bytes_in_all / 1000,
+        "standard_error": 100 * np.std(after == truth) / np.sqrt(360), "least_sqnr_db": sqnr[least],
+        "worst_alone_accuracy": accuracies[worst], "size_kb": bytes_in_all / 1000,
     }, rel=1e-4)
 
     strip, bars, pictures = explorer.figure.axes
     (share,) = strip.patches[1:]
     assert share.get_width() == pytest.approx(readout["accuracy"])
-    assert texts(strip)[0] == f"{readout['accuracy']:.1f} % right"
-    (ratios,) = [line for line in bars.collections if line.get_animated()]
-    np.testing.assert_allclose([segment[1][0] for segment in ratios.get_segments()], list(sqnr.values()), atol=1e-3)
+    assert texts(strip)[0] == f"{readout['accuracy']:.1f} ± {readout['standard_error']:.1f} % right"
+    drawn = [line for line in bars.collections if line.get_animated()]
+    for ratios, expected in zip(drawn, (sqnr, ratios_alone), strict=True):
+        found = [segment[1][0] for segment in ratios.get_segments()]
+        np.testing.assert_allclose(found, list(expected.values()), atol=1e-3)
     assert [label.get_text() for label in bars.get_yticklabels()] == list(sqnr)
-    red = [tuple(color) == to_rgba(VERMILION) for color in ratios.get_color()]
-    assert red == [name == worst for name in sqnr] == [text.endswith("worst") for text in texts(bars)]
-    np.testing.assert_allclose([float(text.split()[0]) for text in texts(bars)], list(sqnr.values()), atol=0.0501)
+    said = [[float(word) for word in text.split() if word != "%"] for text in texts(bars)]
+    np.testing.assert_allclose([number for number, *_ in said], [*sqnr.values(), *ratios_alone.values()], atol=0.0501)
+    np.testing.assert_allclose([numbers[1] for numbers in said[len(sqnr):]], list(accuracies.values()), atol=0.0501)
     low, high = bars.get_xlim()
     assert all(low < db < high - 4 for db in sqnr.values())  # room for the number
+    assert all(low < db < high - 12 for db in ratios_alone.values())
 
     broken = np.flatnonzero((before == truth) & (after != truth))
     count, _, *captions = texts(pictures)
@@ -193,7 +211,8 @@ def said(lesson, kind):
 @pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("changes, accuracy", [
     ({"weight_bits": 4}, 93.1), ({"activation_bits": 4}, 98.6), ({"weight_bits": 3}, 70.6),
-    ({"activation_bits": 3}, 95.3),
+    ({"activation_bits": 3}, 95.3), ({"weight_bits": 4, "weights": "per channel"}, 97.5),
+    ({"activation_bits": 4, "weights": "per channel"}, 98.3),
     *[({"weight_bits": 3, "activation_bits": 3, **more}, accuracy) for more, accuracy in [
         ({}, 55.0), ({"calibrator": "KL"}, 58.1), ({"weight_range": "MSE"}, 75.8), ({"weights": "per channel"}, 76.1),
         ({"weights": "per channel", "weight_range": "MSE", "calibrator": "MSE"}, 88.6)]],
@@ -201,8 +220,19 @@ def said(lesson, kind):
 def test_what_lesson_04_says_of_digits_ptq(changes, accuracy):
     explorer = put("digits_ptq", changes)
     assert explorer.readout["accuracy"] == pytest.approx(accuracy, abs=0.33)  # an image, by sums in another order
-    assert explorer.readout["worst_layer"] == "pointwise3"
+    if changes != {"activation_bits": 4, "weights": "per channel"}:
+        assert explorer.readout["least_sqnr"] == "pointwise3"
     assert f"{accuracy} %" in said(LESSON, "markdown")
+
+
+@pytest.mark.usefixtures("unseen")
+def test_what_lesson_04_says_of_each_layer_alone():
+    accuracies, _ = each_layer_alone(float_network()[0], quantized_network(**START["digits_ptq"] | {
+        "weight_bits": 3, "activation_bits": 3}))
+    for name, accuracy in (("pointwise1", 89.2), ("depthwise1", 91.9), ("pointwise3", 98.6)):
+        assert accuracies[name] == pytest.approx(accuracy, abs=0.33)
+        assert f"{accuracy} %" in said(LESSON, "markdown")
+    assert min(accuracies, key=accuracies.get) == "pointwise1"
 
 
 @pytest.mark.usefixtures("unseen")
@@ -251,5 +281,5 @@ def test_digits_ptq_leaves_torchs_settings_alone(monkeypatch):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
-    assert inside == [1, 1, 1]
+    assert inside == [1, 1, 1, 1]
     assert torch.is_grad_enabled()

@@ -10,6 +10,7 @@ import torch
 from qlab import samples
 from qlab.explorers import smoothing
 from qlab.explorers.smoothquant import ALPHAS, OFF, PRINTED, RIGHT, TENSOR, VECTOR
+from qlab.studies import smoothquant as study
 from tests.explorers.checks import (
     assert_compute_draws_nothing,
     assert_pairs_meet,
@@ -25,7 +26,7 @@ from tests.explorers.checks import (
     without_pixels,
 )
 
-PRODUCTS = samples.products()
+PRODUCTS, WHOLE = samples.products(), samples.largest_weights()
 PLACES = list(PRODUCTS)
 START = {"place": PLACES[0], "direction": OFF, "alpha": 0.5, "per": TENSOR, "bits": 8}
 VALUES = {"place": PLACES, "direction": (OFF, RIGHT, PRINTED), "alpha": [round(0.05 * i, 2) for i in range(21)],
@@ -48,47 +49,57 @@ def put(**setting):
 # NumPy alone, in float64
 
 
-def scales(x, w, alpha, direction):
+def scales(x, columns, alpha, direction):
     """Equation 4, with the least values of the published code; on the slides they multiply X."""
     if direction == OFF:
         return np.ones(x.shape[1])
-    a, m = np.abs(x).max(0), np.abs(w).max(0)
-    s = np.maximum(a**alpha / np.maximum(m, 1e-5) ** (1 - alpha), 1e-5)
+    a = np.abs(x).max(0)
+    s = np.maximum(a**alpha / np.maximum(columns, 1e-5) ** (1 - alpha), 1e-5)
     return 1 / s if direction == PRINTED else s
 
 
-def on_grid(matrix, per, bits):
-    rows = matrix.reshape(1, -1) if per == TENSOR else matrix
-    step = np.abs(rows).max(1, keepdims=True) / (2 ** (bits - 1) - 1)
-    step[step == 0] = 1
-    return (np.rint(rows / step) * step).reshape(matrix.shape)
+def on_grid(matrix, most, bits):
+    step = most / (2 ** (bits - 1) - 1)
+    step = np.where(step == 0, 1, step)
+    return np.rint(matrix / step) * step
 
 
-def directly(x, w, *, alpha, direction, per, bits):
-    """The error of Y in percent, and the peaks of what is quantized."""
+def directly(x, w, whole, *, alpha, direction, per, bits):
+    """The error of Y in percent, and the peaks of what is quantized: channels of X and W, rows of the whole W."""
     x, w = x.astype(np.float64), w.astype(np.float64)
-    s = scales(x, w, alpha, direction)
-    y, y_hat = x @ w.T, on_grid(x / s, per, bits) @ on_grid(w * s, per, bits).T
+    columns, values, at = whole or (np.abs(w).max(0), np.abs(w), np.broadcast_to(np.arange(w.shape[1]), w.shape))
+    s = scales(x, columns.astype(np.float64), alpha, direction)
+    rows = (values * s[at]).max(1)
+    most = [np.abs(x / s).max(), rows.max()] if per == TENSOR else [
+        np.abs(m).max(1, keepdims=True) for m in (x / s, w * s)]
+    y, y_hat = x @ w.T, on_grid(x / s, most[0], bits) @ on_grid(w * s, most[1], bits).T
     error = 100 * np.sqrt(((y_hat - y) ** 2).sum() / (y**2).sum())
-    return error, np.abs(x / s).max(0), np.abs(w * s).max(0)
+    return error, np.abs(x / s).max(0), columns * s, rows
 
 
-def assert_reads_and_shows(explorer, x, w):
+def panels_of(explorer):
+    return [next(axes for axes in explorer.figure.axes if words in axes.get_title())
+            for words in ("|X| of each channel", "|W| of each channel", "|W| of each row", "error of Y")]
+
+
+def assert_reads_and_shows(explorer, x, w, whole=None):
     setting = {name: value for name, value in values(explorer).items() if name != "place"}
-    now, x_peaks, w_peaks = directly(x, w, **setting)
-    off, *_ = directly(x, w, **setting | {"direction": OFF}) if setting["direction"] != OFF else (now,)
+    now, x_peaks, w_peaks, rows = directly(x, w, whole, **setting)
+    off, _, _, before_rows = directly(x, w, whole, **setting | {"direction": OFF})
     shown = {name: number for name, number in explorer.readout.items() if name != "best_alpha"}
-    assert shown == pytest.approx({"output_error_percent": now, "off_percent": off, "largest_x": x_peaks.max(),
-                                   "largest_w": w_peaks.max()}, rel=2e-3, abs=1e-4)
+    assert shown == pytest.approx({
+        "output_error_percent": now, "off_percent": off, "largest_x": x_peaks.max(), "largest_w": w_peaks.max(),
+        "row_to_median": rows.max() / max(np.median(rows), np.finfo(np.float32).tiny)}, rel=2e-3, abs=1e-4)
 
-    x_panel, w_panel, curve = (next(axes for axes in explorer.figure.axes if words in axes.get_title())
-                               for words in ("|X|", "|W|", "error"))
-    for panel, matrix, peaks in ((x_panel, x, x_peaks), (w_panel, w, w_peaks)):
+    *three, curve = panels_of(explorer)
+    columns = whole[0] if whole else np.abs(w).max(0)
+    was_peaks = np.abs(x).max(0), columns, before_rows
+    for panel, was, peaks in zip(three, was_peaks, (x_peaks, w_peaks, rows), strict=True):
         before, after = panel.lines
-        np.testing.assert_array_equal(before.get_ydata(), np.abs(matrix).max(0))
+        np.testing.assert_allclose(before.get_ydata(), was, rtol=1e-6)
         np.testing.assert_allclose(after.get_ydata(), peaks, rtol=1e-5)
         for line in (before, after):
-            np.testing.assert_array_equal(line.get_xdata(), np.arange(x.shape[1]))
+            np.testing.assert_array_equal(line.get_xdata(), np.arange(was.size))
 
     line, off_line, dot = curve.lines
     assert list(off_line.get_ydata()) == pytest.approx([np.clip(off, 0.1, 200)] * 2, rel=2e-3)
@@ -97,7 +108,7 @@ def assert_reads_and_shows(explorer, x, w):
         assert explorer.readout["best_alpha"] == "—"
     else:
         np.testing.assert_array_equal(line.get_xdata(), ALPHAS)
-        error, *_ = directly(x, w, **setting | {"alpha": ALPHAS[16]})
+        error, *_ = directly(x, w, whole, **setting | {"alpha": ALPHAS[16]})
         assert line.get_ydata()[16] == pytest.approx(np.clip(error, 0.1, 200), rel=2e-3)
         assert dot.get_xydata()[0] == pytest.approx([setting["alpha"], np.clip(now, 0.1, 200)], rel=2e-3)
 
@@ -109,7 +120,7 @@ def assert_reads_and_shows(explorer, x, w):
 @pytest.mark.parametrize("setting", ALL_PAIRS, ids=lambda setting: " ".join(map(str, setting.values())))
 def test_smoothing_reads_and_shows_what_numpy_computes(setting):
     explorer = put(**setting)
-    assert_reads_and_shows(explorer, *PRODUCTS[setting["place"]])
+    assert_reads_and_shows(explorer, *PRODUCTS[setting["place"]], WHOLE[setting["place"]])
     assert not explorer.errors
 
 
@@ -148,7 +159,7 @@ def test_the_point_of_the_curve_at_alpha_is_the_readout(place, direction):
     for i, alpha in enumerate(VALUES["alpha"]):
         explorer = put(place=place, direction=direction, alpha=alpha)
         if i % 8 == first:
-            assert_reads_and_shows(explorer, *PRODUCTS[place])
+            assert_reads_and_shows(explorer, *PRODUCTS[place], WHOLE[place])
         readouts.append(explorer.readout["output_error_percent"])
         curves.append(explorer._compute(**START | {"place": place, "direction": direction, "alpha": alpha}).curve)
     np.testing.assert_allclose(curves, [readouts] * len(curves), rtol=1e-4)
@@ -160,10 +171,10 @@ def test_the_point_of_the_curve_at_alpha_is_the_readout(place, direction):
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("per", VALUES["per"])
 def test_off_does_not_smooth_whatever_alpha(place, per):
-    x, w = PRODUCTS[place]
+    x, _ = PRODUCTS[place]
     kept = put(place=place, per=per).readout
     assert kept["output_error_percent"] == kept["off_percent"]
-    assert (kept["largest_x"], kept["largest_w"]) == (np.abs(x).max(), np.abs(w).max())
+    assert (kept["largest_x"], kept["largest_w"]) == (np.abs(x).max(), WHOLE[place][0].max())
     for alpha in VALUES["alpha"]:
         assert put(place=place, per=per, alpha=alpha).readout == kept
         setting = {"place": place, "per": per, "alpha": alpha, "direction": RIGHT}
@@ -201,18 +212,48 @@ def test_every_position_has_its_picture():
 
 
 @pytest.mark.usefixtures("unseen")
-def test_smoothing_helps_in_one_direction_only():
-    for place in PLACES:
-        off = put(place=place).readout["off_percent"]
-        assert put(place=place, direction=RIGHT, alpha=0.5).readout["output_error_percent"] < off
-        assert put(place=place, direction=PRINTED, alpha=0.5).readout["output_error_percent"] > off
+@pytest.mark.parametrize("per", VALUES["per"])
+@pytest.mark.parametrize("place", PLACES)
+def test_smoothing_helps_in_one_direction_only(place, per):
+    """But for the input of down under one scale: a single row of W takes the needle in."""
+    off = put(place=place, per=per).readout["off_percent"]
+    helped = put(place=place, per=per, direction=RIGHT, alpha=0.5).readout["output_error_percent"] < off
+    assert helped == ((place, per) != ((11, "down_in"), TENSOR))
+    assert put(place=place, per=per, direction=PRINTED, alpha=0.5).readout["output_error_percent"] > off
+
+
+@pytest.mark.usefixtures("unseen")
+def test_one_row_of_down_takes_the_needle_in():
+    place = (11, "down_in")
+    assert put(place=place).readout["row_to_median"] < 10
+    explorer = put(place=place, direction=RIGHT, alpha=0.7)
+    assert explorer.readout["row_to_median"] > 300
+    rows = panels_of(explorer)[2].lines[1].get_ydata()
+    assert rows.argmax() == 507 and np.sort(rows)[-2] < rows.max() / 10
 
 
 @pytest.mark.usefixtures("unseen")
 def test_the_ends_of_alpha():
-    for direction, alpha, panel in ((RIGHT, 1, "|X|"), (RIGHT, 0, "|W|")):
-        axes = next(axes for axes in put(direction=direction, alpha=alpha).figure.axes if panel in axes.get_title())
+    for direction, alpha, panel in ((RIGHT, 1, 0), (RIGHT, 0, 1)):
+        axes = panels_of(put(direction=direction, alpha=alpha))[panel]
         np.testing.assert_allclose(axes.lines[1].get_ydata(), 1, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("unseen")
+def test_the_whole_model_over_alpha_is_that_of_the_study():
+    compared, _ = study.load()
+    axes = next(axes for axes in put(direction=RIGHT, alpha=0.3).figure.axes if "whole model" in axes.get_title())
+    *texts, off, now = axes.lines
+    for line in texts:
+        expected = [compared[f"α {alpha}", line.get_label()].kl for alpha in study.ALPHAS]
+        np.testing.assert_array_equal(line.get_ydata(), expected)
+        assert line.get_visible()
+    assert list(now.get_xdata()) == [0.3, 0.3]
+    kls = [compared["none", line.get_label()].kl for line in texts]
+    assert min(kls) <= off.get_ydata()[0] <= max(kls)
+    for direction in (OFF, PRINTED):
+        put(direction=direction)
+        assert not any(line.get_visible() for line in (*texts, now))
 
 
 @pytest.mark.usefixtures("unseen")
@@ -262,7 +303,7 @@ def test_what_is_smoothed_lies_in_the_picture(size_x, size_w):
     explorer = smoothing({(0, "attn_in"): (size_x * X, size_w * W)})
     for alpha in VALUES["alpha"]:
         explorer._draw(explorer._compute(**START | {"place": (0, "attn_in"), "direction": RIGHT, "alpha": alpha}))
-        for panel in explorer.figure.axes:
+        for panel in panels_of(explorer):
             low, high = panel.get_ylim()
             assert all(low <= np.min(line.get_ydata()) and np.max(line.get_ydata()) <= high for line in panel.lines)
 

@@ -88,6 +88,23 @@ def test_a_replay_reads_what_was_recorded_last():
 
 
 @pytest.mark.usefixtures("unseen")
+def test_levels_to_compare_with_are_drawn_and_named():
+    levels = {"float": 98.61, "PTQ": 55}
+    watched = watch(train(small_network(), IMAGES, LABELS, epochs=1, lr=0.05, seed=1), lambda: {"accuracy": 50.0},
+                    levels=levels).explorer
+    for explorer in (training_run(HISTORY, levels), watched):
+        below = explorer.figure.axes[1]
+        assert [line.get_ydata()[0] for line in below.lines[:2]] == [98.61, 55]
+        assert [text.get_text() for text in below.get_legend().get_texts()] == ["float: 98.6 %", "PTQ: 55.0 %"]
+
+
+@pytest.mark.parametrize("level", [-1, 100.1, math.nan, "98", None])
+def test_bad_levels(level):
+    with pytest.raises(ValueError, match=r"levels must be from 0 to 100, got .* for .float."):
+        training_run(HISTORY, {"float": level})
+
+
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("ends, spelled", [
     ((0.0, 6.0), "0 … 6"), ((0, 2.345678), "0 … 2.35"), ((-0.0074, 2.5), "−0.01 … 2.5"), ((-0.001, 2.0), "0 … 2"),
     ((-153.26, 17.77), "−153 … 18"), ((0.00123456, 0.0456789), "0.0012 … 0.0457"), ((-3, -1), "−3 … −1"),

@@ -190,7 +190,7 @@ def sources(lesson):
     return [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"]
 
 
-@pytest.mark.parametrize("lesson", ["01", "02", "03"])
+@pytest.mark.parametrize("lesson", ["01", "02", "03", "04"])
 def test_an_hour_leads_through_a_lesson_and_the_rest_is_marked_as_optional(lesson):
     texts = sources(lesson)
     stated = re.search(r"\*\*Time\*\* (\d+) minutes, and\s+(\d+) more", "\n".join(texts))
@@ -203,7 +203,7 @@ def test_an_hour_leads_through_a_lesson_and_the_rest_is_marked_as_optional(lesso
     assert headings == [f"{row[0].replace(' ', '. ', 1)}{'' if row[1] else ' (optional)'}" for row in rows]
 
 
-@pytest.mark.parametrize("lesson", ["00", "01", "02", "03"])
+@pytest.mark.parametrize("lesson", ["00", "01", "02", "03", "04"])
 def test_what_answers_a_question_is_folded(lesson):
     (path,) = NOTEBOOKS.glob(f"{lesson}_*.ipynb")
     asked, found = False, 0

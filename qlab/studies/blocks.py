@@ -1,0 +1,177 @@
+"""Lesson 09's table: block formats in a language model. ``python -m qlab.studies.blocks``.
+
+The command puts each format in place of float32, judges the model on three texts, and writes ``blocks.json`` beside the
+samples: about six minutes on one core. The lesson loads the file and repeats rows.
+
+Of weights, all that the 30 blocks multiply with are stored; embedding and head stay in float32. Of activations, what
+these weights read, at each call. "folded" has the gains of the norms in the weights; "rotated" is that, and turned by
+random Hadamard matrices at all of R1, R2 and R4.
+"""
+
+import json
+import platform
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from qlab import blocks, samples, smollm
+from qlab.affine import absmax_params, fake_quantize, zero_point_params
+from qlab.evaluation import TEXTS, Comparison, Contrast, Judge, texts
+from qlab.floats import FP8_E4M3, FP16, decode, encode
+from qlab.spinquant import fold_gains, online, random_hadamard, rotate
+
+SEQUENCES = 2
+JUDGED = TEXTS[:3]
+PLACES = list(product(range(30), smollm.SITES))
+_JSON = Path(samples.__file__).with_name("blocks.json")
+
+
+def through(fmt):
+    """A function that stores an array in a block format and reads it again."""
+    return lambda x: blocks.dequantize(blocks.quantize(x, fmt))
+
+
+def in_groups(find, size, x):
+    """Integers of 4 bits in groups along the last axis, as in lesson 02."""
+    return fake_quantize(x, find(x, 4, axis=None, group_size=size))
+
+
+def fp8_per_tensor(x):
+    """E4M3 with one scale for all values: the largest magnitude becomes 448."""
+    scale = np.abs(x).max() / np.float32(FP8_E4M3.max)
+    return decode(encode(x / scale, FP8_E4M3), FP8_E4M3).astype(np.float32) * scale
+
+
+def ternary(x):
+    """−1, 0 and 1 times the mean magnitude of the matrix, as BitNet b1.58 rounds (Ma et al. 2024, equations 1 to 3)."""
+    scale = np.abs(x).mean()
+    return np.clip(np.rint(x / scale), -1, 1) * scale
+
+
+WEIGHTS = {  # name: bits per value, function
+    "MXFP4": (blocks.MXFP4.bits_per_value, through(blocks.MXFP4)),
+    "NVFP4": (blocks.NVFP4.bits_per_value, through(blocks.NVFP4)),
+    "NF4, 64": (4.25, through(replace(blocks.NF4, scale=FP16))),
+    "int4 zero-point, 64": (4 + 20 / 64, partial(in_groups, zero_point_params, 64)),
+    "int4 absmax, 32": (4.5, partial(in_groups, absmax_params, 32)),
+    "Q4_0": (blocks.Q4_0.bits_per_value, through(blocks.Q4_0)),
+    "ternary": (np.log2(3), ternary),
+}
+ACTIVATIONS = {
+    "int8, tensor": lambda x: fake_quantize(x, zero_point_params(x, 8)),
+    "FP8, tensor": fp8_per_tensor,
+    "int4, token": lambda x: fake_quantize(x, zero_point_params(x, 4, axis=-2)),
+    "MXFP4": through(blocks.MXFP4),
+    "NVFP4": through(blocks.NVFP4),
+}
+CHIPS = {  # what their matrix units multiply, as documented in November 2026
+    "NVIDIA Ampere (A100), 2020": ("int8", "int4"),
+    "NVIDIA Ada, Hopper (L40S, H100), 2022": ("int8", "FP8"),
+    "NVIDIA Blackwell (B200), 2024": ("int8", "FP8", "MXFP8", "MXFP6", "MXFP4", "NVFP4"),
+    "AMD CDNA 3 (MI300X), 2023": ("int8", "FP8 without −0"),
+    "AMD CDNA 4 (MI355X), 2025": ("int8", "FP8", "MXFP8", "MXFP6", "MXFP4"),
+    "Intel Xeon with AMX, 2023": ("int8",),
+}
+ROWS = (  # of the kind, the name and the place
+    *product(["weights"], WEIGHTS, ["as it is"]), *product(["activations"], ACTIVATIONS, ["as it is"]),
+    *product(["weights"], list(WEIGHTS)[:-1], ["rotated"]),
+    *product(["activations"], list(ACTIVATIONS)[2:], ["rotated"]),
+    *product(["weights", "activations"], ["NVFP4"], ["folded"]),
+)
+PAIRS = (  # of names: the first divided by the second, at the same place
+    ("weights", "NVFP4", "MXFP4"), ("weights", "NVFP4", "int4 absmax, 32"), ("weights", "NVFP4", "Q4_0"),
+    ("weights", "NF4, 64", "MXFP4"), ("weights", "int4 zero-point, 64", "MXFP4"),
+    ("weights", "int4 absmax, 32", "MXFP4"), ("weights", "Q4_0", "MXFP4"), ("weights", "NVFP4", "NF4, 64"),
+    ("activations", "FP8, tensor", "int8, tensor"),
+    ("activations", "NVFP4", "MXFP4"), ("activations", "NVFP4", "int4, token"),
+)
+
+
+def load():
+    """The table as it is shipped: {"versions": …, "rows": {"weights, MXFP4, as it is": {"prose": …, …}, …}, …}.
+
+    Examples
+    --------
+    >>> round(load()["bits"]["MXFP4"], 2)
+    4.25
+    """
+    return json.loads(_JSON.read_text())
+
+
+def comparison(table, kind, name, place, text):
+    """One row of the table on one text, as `Judge.compare` gave it."""
+    return Comparison(**table["rows"][f"{kind}, {name}, {place}"][text])
+
+
+def contrast(table, first, second, text):
+    """Two rows of the table on one text, one divided by the other, as `Comparison.versus` gave it."""
+    return Contrast(**table["contrasts"][f"{first} / {second}"][text])
+
+
+def stored(model, function):
+    """A copy of the model with its blocks' weights as a function of arrays leaves them."""
+    readers = [name for names in smollm.READERS.values() for name in names]
+    names = [f"blocks.{layer}.{reader}.weight" for layer in range(len(model.blocks)) for reader in readers]
+    weights = model.state_dict()
+    return smollm.reweighted(model, {name: torch.from_numpy(function(weights[name].numpy())) for name in names},
+                             "weights in blocks")
+
+
+def acting(function):
+    """Functions for `qlab.smollm.inserted` that send what the weights read through a function of arrays."""
+    return dict.fromkeys(PLACES, lambda x: torch.from_numpy(function(x.numpy())))
+
+
+def placed(model, place):
+    """The model as it is, with its gains folded, or on turned axes."""
+    if place == "as it is":
+        return model
+    folded = fold_gains(model)
+    return folded if place == "folded" else rotate(folded, random_hadamard(576, 0), random_hadamard(64, 0), r4=True)
+
+
+def row(judges, model, kind, name):
+    """One row of the table, computed now: a Comparison for each text."""
+    net = stored(model, WEIGHTS[name][1]) if kind == "weights" else model
+    functions = acting(ACTIVATIONS[name]) if kind == "activations" else {}
+    with smollm.inserted(net, online(net, functions)):
+        return {text: judge.compare(net) for text, judge in judges.items()}
+
+
+def main():
+    model = smollm.load()
+    given = texts(model)
+    judges = {text: Judge(model, given[text][:SEQUENCES]) for text in JUDGED}
+    found, net, at = {}, model, "as it is"
+    for kind, name, place in tqdm(ROWS):
+        if place != at:
+            net, at = placed(model, place), place
+        found[f"{kind}, {name}, {place}"] = row(judges, net, kind, name)
+    names = [(f"{kind}, {a}, {place}", f"{kind}, {b}, {place}")
+             for kind, a, b in PAIRS for place in ("as it is", "rotated")]
+    names += [(f"{kind}, {name}, {place}", f"{kind}, {name}, as it is") for kind, name, place in ROWS
+              if place != "as it is"]
+    names += [(f"{kind}, NVFP4, rotated", f"{kind}, NVFP4, folded") for kind in ("weights", "activations")]
+    numbers = ("ratio", "low", "high", "kl", "kl_low", "kl_high")
+    table = {
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "tokens": SEQUENCES * given["prose"].shape[1],
+        "bits": {name: bits for name, (bits, _) in WEIGHTS.items()},
+        "rows": {name: {text: {number: float(f"{getattr(result, number):.4g}") for number in (*numbers, "agreement")}
+                        for text, result in by_text.items()} for name, by_text in found.items()},
+        "contrasts": {f"{a} / {b}": {
+            text: {number: float(f"{value:.4g}")
+                   for number, value in asdict(found[a][text].versus(found[b][text])).items()} for text in JUDGED}
+            for a, b in names if a in found and b in found},
+    }
+    _JSON.write_text(json.dumps(table, indent=0) + "\n")
+    print(f"{len(found)} rows written to {_JSON.name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""What lesson 09 ranks is what its printed intervals resolve; its versions are those of the golden file."""
+
+import json
+from itertools import product
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from qlab import samples
+from qlab.affine import sqnr_db
+from qlab.blocks import MXFP4, NVFP4, Q4_0, dequantize, quantize
+from qlab.floats import FP4_E2M1, decode
+from qlab.studies import blocks as study
+from tests import golden_blocks
+from tests.notebooks.measured import intervals
+
+TEXT = " ".join(" ".join(cell.source for cell in nbformat.read(next(
+    Path(__file__).parents[2].joinpath("notebooks").glob("09_*.ipynb")), 4).cells).split())
+
+
+def below_1(found):
+    return [high < 1 for _, _, high in found]
+
+
+def above_1(found):
+    return [low > 1 for _, low, _ in found]
+
+
+def of(line, occurrence=0):
+    """The three intervals of one of the lines that start so: prose, code, documentation."""
+    found = intervals("09", line)
+    return found[3 * occurrence:3 * occurrence + 3]
+
+
+def test_as_it_is_nvfp4_is_ahead_of_all_at_4_5_bits_and_mxfp4_last():
+    for other in ("Q4_0", "int4 absmax, 32", "NF4, 64"):
+        assert all(below_1(of(f"NVFP4 / {other}")))
+    assert all(below_1(of("int4 absmax, 32 / MXFP4")))
+    table = study.load()
+    for name, text in product(list(study.WEIGHTS)[1:-1], study.JUDGED):
+        assert study.contrast(table, f"weights, {name}, as it is", "weights, MXFP4, as it is", text).kl_high < 1
+
+
+def test_after_the_rotation_most_of_it_is_not_resolved():
+    q4_0, int4, nf4 = (of(f"NVFP4 / {other}", 1) for other in ("Q4_0", "int4 absmax, 32", "NF4, 64"))
+    assert not any(below_1(q4_0) + above_1(q4_0))
+    assert below_1(int4) == [False, False, True]
+    assert not any(above_1(int4))
+    assert all(below_1(nf4))
+
+
+def test_every_format_is_worse_after_the_rotation_by_these_factors():
+    table = study.load()
+    found = [study.contrast(table, f"weights, {name}, rotated", f"weights, {name}, as it is", text)
+             for name in list(study.WEIGHTS)[:-1] for text in study.JUDGED]
+    assert all(contrast.kl_low > 1 for contrast in found)
+    assert (round(min(c.kl for c in found), 1), round(max(c.kl for c in found), 1)) == (1.6, 3.3)
+    for text in study.JUDGED:
+        folded = study.contrast(table, "weights, NVFP4, folded", "weights, NVFP4, as it is", text).kl
+        rotated = study.contrast(table, "weights, NVFP4, rotated", "weights, NVFP4, folded", text).kl
+        assert 1.6 * folded < rotated
+
+
+def test_a_rotation_helps_rows_and_harms_nvfp4():
+    rows, mxfp4, nvfp4 = (of(f"{name} , rotated / as it is") if name != "int4, token" else
+                          of("int4, token, rotated / as it is") for name in ("int4, token", "MXFP4", "NVFP4"))
+    assert all(high < 0.25 for _, _, high in rows)
+    assert all(low > 2.5 for _, low, _ in nvfp4)
+    assert below_1(mxfp4) == [True, False, True]
+    assert above_1(of("NVFP4 / int4, token, rotated")) == [True, False, True]
+    assert all(above_1(of("NVFP4, folded / as it is")) + above_1(of("NVFP4, rotated / folded")))
+
+
+def test_fp8_per_tensor_has_a_twentieth_of_int8s_divergence():
+    assert all(1 / 31 < value < 1 / 23 and high < 0.1 for value, _, high in of("FP8 / int8:"))
+
+
+def test_nvfp4_has_less_than_half_of_mxfp4s_divergence():
+    (kl, _, high), _ = intervals("09", "NVFP4 / MXFP4:")
+    assert kl < high < 0.5
+
+
+def test_the_rows_that_are_measured_again_are_those_of_the_table():
+    table = study.load()
+    for line, kind, name in (("MXFP4:", "weights", "MXFP4"), ("NVFP4:", "weights", "NVFP4"),
+                             ("FP8, tensor:", "activations", "FP8, tensor")):
+        shipped = study.comparison(table, kind, name, "as it is", "code")
+        assert intervals("09", line)[0][0] == pytest.approx(shipped.kl, rel=0.02)
+
+
+def test_decibels_order_the_formats_otherwise_than_the_model():
+    w = samples.load("weights")
+    nvfp4, q4_0, mxfp4 = (sqnr_db(w, dequantize(quantize(w, fmt))) for fmt in (NVFP4, Q4_0, MXFP4))
+    assert mxfp4 < nvfp4 < q4_0
+    assert sum(abs(decode(list(range(16)), FP4_E2M1)) <= 2) - 1 == 9  # 0 is there twice
+
+
+def test_versions_of_libraries_are_those_of_the_golden_file():
+    versions = json.loads(golden_blocks.FILE.read_text())["versions"]
+    for name in ("torchao", "compressed-tensors", "bitsandbytes"):
+        assert f"{name} {versions[name]}" in TEXT
