@@ -42,7 +42,6 @@ _ROWS = 16  # that can be told apart, and make a small picture
 _LOOKS = ({"color": BLACK}, {"color": BLUE, "ls": "--"}, {"color": VERMILION, "ls": "-."}, {"color": GREEN, "ls": ":"})
 _SHIFTS = LinearSegmentedColormap.from_list("shifts", [BLUE, "white", VERMILION], N=21)
 _ROUNDING = 12**-0.5  # root mean square error of rounding, in steps
-_MOST_ERROR = 1.0  # of a column, in steps of the whole range; larger ones lie at the edge
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,7 @@ def compensation(w=None, x=None, held_out=None, bits=4):
         found = {}
         for name, error in result.errors.items():
             found |= {f"{name}_percent": error, f"nearest_{name}_percent": float(result.curves[name][0])}
-        return found | {"weight_sqnr_db": result.sqnr_db, "largest_shift": float(np.abs(result.shift).max())}
+        return found | {"weight_sqnr_db": result.sqnr_db, "largest_shift_steps": float(np.abs(result.shift).max())}
 
     controls = {
         "columns": IntSlider(0, min=0, max=n, description="columns", layout={"width": "380px"}),
@@ -253,9 +252,9 @@ def _compensation_figure(rows, n, names):
         edges = np.arange(n + 1)
         done, to_come = (profile.stairs(np.zeros(n), edges, fill=True, color=color, animated=True, label=label)
                          for color, label in ((GREY, "rounded"), (SKY, "to come")))
-        profile.axhline(_ROUNDING, color=BLACK, lw=1, ls=":")
-        profile.legend(loc="upper right", ncols=2, fontsize=12, frameon=False)
-        curve.set(xlim=(0, n), xlabel="columns rounded by GPTQ", title="error of the output (%)")
+        profile.axhline(_ROUNDING, color=BLACK, lw=1, ls=":", animated=True)
+        profile.legend(loc="upper left", ncols=2, fontsize=12, frameon=False)
+        curve.set(xlim=(-0.02 * n, 1.02 * n), xlabel="columns rounded by GPTQ", title="error of the output (%)")
         moving = {"animated": True, "scaley": False, "scalex": False}
         looks = _LOOKS[:len(names)]
         nearest = [curve.plot([], [], color=look["color"], lw=1, ls=(0, (1, 3)), **moving)[0] for look in looks]
@@ -295,7 +294,7 @@ class ClipSearch:
 
     share: float
     bits: int
-    columns: np.ndarray  # root mean square error of each column's weights, in steps of the range that holds all
+    columns: np.ndarray  # root mean square error of each column's weights, in percent of that of all weights
     curves: np.ndarray  # percent, for each of SHARES: error of the weights, weighted by diag(H), of the output
     clipped: float  # share of the weights
 
@@ -305,8 +304,8 @@ def clip_search(w=None, x=None, bits=4):
 
     Left, for each column of the weights, how large its inputs are and how wrong its weights: with the range that holds
     all weights (grey) and with the present share of it (black). Right, over the share of the range, the error of the
-    weights, the same weighted by diag(H), and the error of the output, each relative. Weights are rounded to nearest.
-    The line can be dragged.
+    weights, the same weighted by diag(H), and the error of the output. All are root mean squares in percent of those of
+    weights and output. Weights are rounded to nearest. The line can be dragged.
 
     Parameters
     ----------
@@ -360,9 +359,9 @@ def clip_search(w=None, x=None, bits=4):
 
     @lru_cache
     def columns(share, bits, group):
-        params = largest(bits, group)
-        errors = (w - copy(share, bits, group)) / _expanded(params.scale, params.group_size)
-        return errors.square().mean(0).sqrt().numpy(), float((errors.abs() > share / 2 * 1.001).double().mean())
+        params, errors = largest(bits, group), w - copy(share, bits, group)
+        beyond = errors.abs() > 0.5005 * share * _expanded(params.scale, params.group_size)
+        return 100 * (errors.square().mean(0) / w.square().mean()).sqrt().numpy(), float(beyond.double().mean())
 
     def compute(*, share, bits, group):
         now, clipped = columns(share, bits, group)
@@ -377,8 +376,8 @@ def clip_search(w=None, x=None, bits=4):
         return {"share": float(SHARES[::-1][curves(bits, group)[which, ::-1].argmin()])}
 
     controls = {
-        "share": FloatSlider(1, min=0.2, max=1, step=0.025, description="share of the range", readout_format=".3f",
-                             layout={"width": "420px"}, style={"description_width": "120px"}),
+        "share": FloatSlider(1, min=0.2, max=1, step=0.025, description="share", readout_format=".3f",
+                             layout={"width": "340px"}, style={"description_width": "45px"}),
         "bits": bits_slider(bits), "group": _group_control(w.shape[1]),
     }
     figure, artists = _clip_figure(inputs)
@@ -399,17 +398,17 @@ def clip_search(w=None, x=None, bits=4):
 
 def _clip_figure(inputs):
     with new_figure(height=420) as figure:
-        columns, curve = figure.subplots(1, 2, width_ratios=[1, 1.2])
+        columns, curve = figure.subplots(1, 2, width_ratios=[1, 1.2], sharey=True)
         live = inputs[inputs > 0]
         moving = {"animated": True, "scalex": False, "scaley": False}
-        columns.set(title="each column of W", xlabel="its inputs (root mean square)", xscale="log",
-                    xlim=(live.min() / 1.5, live.max() * 1.5), ylabel="its error (steps of whole range)",
-                    ylim=(0, _MOST_ERROR))
+        columns.set(title="error of each column (%)", xlabel="its inputs (root mean square)", xscale="log",
+                    xlim=(live.min() / 1.5, live.max() * 1.5))
         unknown = np.full_like(inputs, np.nan)
         whole = columns.plot(inputs, unknown, ".", ms=5, color=GREY, label="whole range")[0]
         now = columns.plot(inputs, unknown, ".", ms=7, color=BLACK, clip_on=False, label="now", **moving)[0]
-        columns.legend(loc="upper left", markerscale=2)
-        curve.set(title="relative error (%)", xlabel="share of the range", xlim=(SHARES[0], 1))
+        columns.legend(loc="lower right", ncols=2, markerscale=2)
+        curve.tick_params(labelleft=True)
+        curve.set(title="error of all (%)", xlabel="share of the range", xlim=(SHARES[0] - 0.02, 1.02))
         looks = (("weights", {"color": BLUE, "ls": "--"}), ("weights, by diag(H)", {"color": PURPLE, "ls": ":"}),
                  ("output", {"color": BLACK}))
         curves = [curve.plot([], [], label=label, **look, **moving)[0] for label, look in looks]
@@ -423,9 +422,9 @@ def _draw_clip(artists, most, whole, result):
     if result.bits != artists.bits:  # a new background
         artists.bits = result.bits
         artists.curves[0].axes.set_ylim(0, 2.5 * most(result.bits) or 1)
-        artists.whole.set_ydata(whole(result).clip(0, _MOST_ERROR))
-    artists.now.set_ydata(result.columns.clip(0, _MOST_ERROR))
+        artists.whole.set_ydata(whole(result))
     top = artists.curves[0].axes.get_ylim()[1]
+    artists.now.set_ydata(result.columns.clip(max=top))
     for line, dot, curve in zip(artists.curves, artists.dots, result.curves, strict=True):
         line.set_data(SHARES, curve)
         dot.set_data([result.share], [min(curve[_place(result.share)], top)])
