@@ -53,7 +53,7 @@ PREDICTIONS = {
                    "A layer's error fell to six tenths in the figure, and KL goes with its square. Read the ratios."),
             Option("about two thirds", lambda left: 0.55 < left <= 0.8,
                    "That is a step of it. There are also the order and the ranges: read the ratios one by one."),
-            Option("a third or less", lambda left: left < 0.36),
+            Option("about a third", lambda left: 0.25 < left < 0.45),
         )),
     "α of AWQ": Question(
         "The least error is at", (

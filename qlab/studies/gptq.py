@@ -31,7 +31,7 @@ CALIBRATION, SEQUENCES = 8, 2
 SEEDS, LEARNED_SEEDS = 5, 3
 BEST = {"act_order": True, "ranges": "weighted"}
 CLIP = 0.9  # of the range of each token
-PARTS = WEIGHTS, ALL, PIECES = "W4A16", "W4A4KV4", "pieces"
+WEIGHTS, ALL, PIECES = "W4A16", "W4A4KV4", "pieces"
 CONTRASTS = {  # the one, the other: what the lesson says of the two
     WEIGHTS: (
         ("nearest, 64", "nearest"), ("nearest, 32", "nearest, 64"), ("nearest, MSE", "nearest"),
@@ -77,8 +77,7 @@ def row(part, method, text):
 
     Parameters
     ----------
-    part : str, of ``PARTS``
-    method : str
+    part, method : str
         As in ``CONTRASTS``.
     text : str, of `qlab.evaluation.TEXTS`
 

@@ -19,8 +19,8 @@ def test_everything_is_there_once():
     wanted = {(part, method, seed, text) for part, method in METHODS for seed in range(SEEDS.get((part, method), 1))
               for text in TEXTS}
     assert Counter(tuple(entry[:4]) for entry in TABLE["rows"]) == Counter(wanted)
-    assert {part for part, _ in METHODS} == set(study.PARTS)
-    asked = {(part, method, seed, than, text) for part in study.PARTS for method, than in study.CONTRASTS[part]
+    assert {part for part, _ in METHODS} == set(study.CONTRASTS)
+    asked = {(part, method, seed, than, text) for part in study.CONTRASTS for method, than in study.CONTRASTS[part]
              for seed in range(SEEDS.get((part, method), 1)) for text in TEXTS}
     assert Counter(tuple(entry[:5]) for entry in TABLE["contrasts"]) == Counter(asked)
     assert set(TABLE["versions"]) == {"python", "torch"}

@@ -1,0 +1,60 @@
+"""What lesson 08 says of methods, against the intervals that it prints: on all three texts, or on which."""
+
+import pytest
+
+from qlab.exercises.gptq import PREDICTIONS
+from qlab.exercises.predicting import Number
+from qlab.studies import gptq as study
+from tests.notebooks.measured import intervals
+
+TEXTS = ("prose", "code", "documentation")
+
+
+def ratios(part, first, second):
+    """One interval for each text."""
+    found = intervals("08", f"{part} {first} / {second} ")
+    assert len(found) == len(TEXTS), (part, first, second, found)
+    return found
+
+
+def verdicts(part, first, second):
+    """For each text: −1 where the first is nearer to float, 1 where the second is, 0 where it is not resolved."""
+    return [(low > 1) - (high < 1) for _, low, high in ratios(part, first, second)]
+
+
+@pytest.mark.parametrize("part, first, second, least, most", [
+    ("W4A16", "nearest, 64", "nearest", 0.4, 0.6),
+    ("W4A16", "nearest, weighted", "nearest", 0.7, 0.85),
+    ("W4A16", "GPTQ, plain", "nearest", 0.6, 0.85), ("W4A16", "GPTQ, order", "GPTQ, plain", 0.6, 0.75),
+    ("W4A16", "GPTQ", "GPTQ, order", 0.6, 0.75), ("W4A16", "GPTQ", "nearest", 0.25, 0.4),
+    ("W4A16", "GPTQ", "nearest, weighted", 0.4, 0.5),
+    ("W4A4KV4", "smoothed, GPTQ", "GPTQ", 0.6, 0.8),
+    ("W4A4KV4", "Hadamard, GPTQ", "Hadamard, nearest", 0.25, 0.5), ("W4A4KV4", "Hadamard, GPTQ", "GPTQ", 0.15, 0.25),
+    ("W4A4KV4", "Hadamard, GPTQ", "smoothed, GPTQ", 0.25, 0.4),
+    ("W4A4KV4", "learned, GPTQ", "Hadamard, GPTQ", 0.7, 0.8),
+])
+def test_the_first_is_nearer_to_float_on_every_text(part, first, second, least, most):
+    assert all(least < value < most and high < 1 for value, _, high in ratios(part, first, second))
+
+
+@pytest.mark.parametrize("part, first, second, least, most", [
+    ("W4A16", "nearest, MSE", "nearest", 1.3, 1.8),
+    ("pieces", "W16A4KV16", "W4A16KV16", 1.9, 2.5), ("pieces", "W4A16KV16", "W16A16KV4", 2, 3.5),
+])
+def test_the_first_is_farther_from_float_on_every_text(part, first, second, least, most):
+    assert all(least < value < most and low > 1 for value, low, _ in ratios(part, first, second))
+
+
+@pytest.mark.parametrize("part, first, second, expected", [
+    ("W4A16", "nearest, 32", "nearest, 64", [0, -1, -1]),
+    ("W4A4KV4", "groups of 32, GPTQ", "learned, GPTQ", [0, 0, 0]),
+])
+def test_what_is_resolved_on_some_texts_only(part, first, second, expected):
+    assert verdicts(part, first, second) == expected
+
+
+def test_eight_bits_of_activations_and_cache_cost_a_hundredth_or_two():
+    assert all(value < 1.025 for value, _, _ in ratios("pieces", "W4A8KV8", "W4A16KV16"))
+    for text in TEXTS:
+        contrast = study.contrast("pieces", "W4A8KV8", "W4A16KV16", text)
+        assert contrast.low < 1 < contrast.high
