@@ -13,7 +13,7 @@ PREDICTIONS = {
                    "One large weight spoils a row of 576, or a group of 64. Read the ratios below the rows."),
             Option("about a half", lambda left: 0.35 < left < 0.65),
             Option("a tenth or less", lambda left: left < 0.15,
-                   "Most groups still have a largest weight that is far from the rest. Read the ratios below the rows."),
+                   "Most groups still have a largest weight far from the rest. Read the ratios below the rows."),
         )),
     "weights clipped": Question(
         "The error of the output is then", (
@@ -27,7 +27,7 @@ PREDICTIONS = {
         "The second weight of the first row, before it is rounded",
         "The first token's output lacks 2 · 0.4, and this weight is multiplied by 1 there.",
         wrong=((0.9, "It may move: it is not rounded yet, and can give back what the first token lacks."),
-               (0.1, "0.4 was taken away in the first column; the inputs of both have one sign, so it must be added here."),
+               (0.1, "0.4 was taken away in the first column; both inputs are positive, so it must be added here."),
                (1.3, "The first token multiplies the first weight by 2: it lacks 0.8."),
                (1.0, "That is 0.9 rounded. Before that it takes over what the first token lacks.")),
         rtol=0.01),
@@ -42,7 +42,7 @@ PREDICTIONS = {
     "few tokens": Question(
         "With 64 tokens, the error on other prose ends", (
             Option("below that of rounding to nearest", lambda ratio: ratio < 0.95,
-                   "64 tokens in 64 columns: what can the columns learn by heart? Compare the curves of the two texts."),
+                   "64 tokens, 64 columns: what can the columns learn by heart? Compare the curves of the texts."),
             Option("where it was", lambda ratio: 0.95 <= ratio <= 1.05,
                    "The weights have moved by steps: for other text that is not without effect. Compare the curves."),
             Option("above it", lambda ratio: ratio > 1.05),
@@ -93,7 +93,7 @@ PREDICTIONS = {
     "four bits again": Question(
         "The two are apart by", (
             Option("less than 1 dB", lambda found: abs(found[0] - found[1]) < 1,
-                   "That is so after a rotation. As it is, the weights lie on a grid: which of the two finds it again?"),
+                   "That is so after a rotation. As it is, the weights lie on a grid: which of the two finds it?"),
             Option("some dB", lambda found: 1 <= abs(found[0] - found[1]) < 20,
                    "Read the dB of the matrix as it is: one of the two makes no error at all."),
             Option("without limit", lambda found: abs(found[0] - found[1]) >= 20),

@@ -23,12 +23,12 @@ from qlab.affine import fake_quantize
 from qlab.evaluation import TEXTS, Comparison, Contrast, Judge, texts
 from qlab.gptq import activation_aware, quantized
 from qlab.outliers import dynamic_quantizers, params_of
-from qlab.spinquant import fold_gains, kv_quantizers, online, proxy_inputs
+from qlab.spinquant import fold_gains, kv_quantizers, online
 from qlab.studies import spinquant
 from qlab.studies.spinquant import PLACES
 
 CALIBRATION, SEQUENCES = 8, 2
-SEEDS, LEARNED_SEEDS = 5, 3
+SEEDS = 5  # of random Hadamard matrices
 BEST = {"act_order": True, "ranges": "weighted"}
 CLIP = 0.9  # of the range of each token
 WEIGHTS, ALL, PIECES = "W4A16", "W4A4KV4", "pieces"
@@ -36,24 +36,21 @@ CONTRASTS = {  # the one, the other: what the lesson says of the two
     WEIGHTS: (
         ("nearest, 64", "nearest"), ("nearest, 32", "nearest, 64"), ("nearest, MSE", "nearest"),
         ("nearest, weighted", "nearest"), ("GPTQ, plain", "nearest"), ("GPTQ, order", "GPTQ, plain"),
-        ("GPTQ", "GPTQ, order"), ("GPTQ", "nearest"), ("GPTQ", "nearest, weighted"), ("GPTQ, 64", "GPTQ"),
-        ("GPTQ, 64", "nearest, 64"), ("AWQ", "nearest"), ("AWQ, 64", "nearest, 64"), ("GPTQ, 64", "AWQ, 64"),
-        ("AWQ, 64, weighted", "AWQ, 64"), ("nearest, 64, weighted", "nearest, 64"), ("AWQ, GPTQ, 64", "GPTQ, 64"),
-        ("GPTQ, 64", "AWQ, 64, weighted"), ("AWQ, 64, weighted", "nearest, 64, weighted"),
+        ("GPTQ", "GPTQ, order"), ("GPTQ", "nearest"), ("GPTQ", "nearest, weighted"), ("AWQ", "nearest"),
+        ("AWQ, 64", "nearest, 64"), ("GPTQ, 64", "GPTQ"), ("GPTQ, 64", "nearest, 64"), ("GPTQ, 64", "AWQ, 64"),
+        ("AWQ, GPTQ, 64", "GPTQ, 64"), ("3 bits, 64, GPTQ", "3 bits, 64, nearest"),
         ("folded, nearest", "nearest"), ("Hadamard, nearest", "folded, nearest"), ("Hadamard, nearest", "nearest"),
-        ("Hadamard, GPTQ", "GPTQ"), ("learned, GPTQ", "GPTQ"), ("3 bits, 64, GPTQ", "3 bits, 64, nearest"),
-        ("GPTQ, half the text", "GPTQ"),
+        ("Hadamard, GPTQ", "GPTQ"), ("learned, GPTQ", "GPTQ"),
     ),
     ALL: (
         ("GPTQ", "nearest"), ("smoothed, GPTQ", "GPTQ"), ("Hadamard, nearest", "nearest"),
         ("Hadamard, GPTQ", "Hadamard, nearest"), ("Hadamard, GPTQ", "GPTQ"), ("Hadamard, GPTQ", "smoothed, GPTQ"),
         ("learned, GPTQ", "Hadamard, GPTQ"), ("learned, GPTQ", "nearest"),
-        ("learned, GPTQ, symmetric", "learned, GPTQ"),
-        ("learned, GPTQ, clipped", "learned, GPTQ"), ("learned, GPTQ, weights 64", "learned, GPTQ"),
         ("groups of 32, GPTQ", "learned, GPTQ"), ("groups of 32, GPTQ", "Hadamard, GPTQ"),
+        ("learned, GPTQ, keys per channel", "learned, GPTQ"), ("learned, GPTQ, clipped", "learned, GPTQ"),
+        ("learned, GPTQ, weights 64", "learned, GPTQ"), ("learned, GPTQ, symmetric", "learned, GPTQ"),
         ("groups of 32, GPTQ, weights 64", "learned, GPTQ, weights 64"),
         ("groups of 32, GPTQ, weights 64", "groups of 32, GPTQ"),
-        ("learned, GPTQ, keys per channel", "learned, GPTQ"),
     ),
     PIECES: (("W4A8KV8", "W4A16KV16"), ("W4A4KV16", "W16A4KV16"), ("W16A4KV16", "W4A16KV16"),
              ("W4A16KV16", "W16A16KV4"), ("W16A4KV16", "W16A16KV4")),
@@ -96,11 +93,12 @@ def row(part, method, text):
     True
     """
     *numbers, agreement = _found("rows", [part, method], [text])
-    return Comparison(*_hull(numbers), float(np.mean(agreement)))
+    hull = (of(column) for of, column in zip((np.mean, min, max) * 2, numbers, strict=True))
+    return Comparison(*map(float, hull), float(np.mean(agreement)))
 
 
 def contrast(part, method, than, text):
-    """One method of the table against another on one text, seed by seed, put together as by `row`.
+    """One method of the table against another on one text, with the first seed of both.
 
     Returns
     -------
@@ -111,7 +109,7 @@ def contrast(part, method, than, text):
     >>> contrast("W4A4KV4", "Hadamard, GPTQ", "Hadamard, nearest", "prose").resolved
     True
     """
-    return Contrast(*_hull(_found("contrasts", [part, method], [than, text])))
+    return Contrast(*(column[0] for column in _found("contrasts", [part, method], [than, text])))
 
 
 def _found(kind, first, last):
@@ -122,10 +120,6 @@ def _found(kind, first, last):
     return zip(*found, strict=True)
 
 
-def _hull(columns):
-    return [float(of(column)) for of, column in zip((np.mean, min, max) * 2, columns, strict=True)]
-
-
 class _Table:
     """Comparisons as they are found; what there is of them is written each time."""
 
@@ -133,15 +127,16 @@ class _Table:
         self._judges, self._found, self._rows, self._contrasts = judges, {}, [], []
 
     def add(self, part, method, model, functions=(), seed=0):
-        """Judge a model on each text, and contrast it with those that came before."""
+        """Judge a model on each text; with the first seed, contrast it with those that came before."""
         with smollm.inserted(model, online(model, functions)):
             for text, judge in self._judges.items():
-                self._found[part, method, seed, text] = found = judge.compare(model)
+                found = judge.compare(model)
                 print(f"{part:8} {method:30} {seed} {text:14} {found}", flush=True)
                 self._rows.append([part, method, seed, text, *_numbers(found), round(found.agreement, 4)])
-                for than in (than for one, than in CONTRASTS[part] if one == method):
-                    other = self._found.get((part, than, seed, text)) or self._found[part, than, 0, text]
-                    self._contrasts.append([part, method, seed, than, text, *_numbers(found.versus(other))])
+                if seed == 0:
+                    self._found[part, method, text] = found
+                    self._contrasts += [[part, method, 0, than, text, *_numbers(
+                        found.versus(self._found[part, than, text]))] for one, than in CONTRASTS[part] if one == method]
         table = {"versions": {"python": platform.python_version(), "torch": torch.__version__},
                  "tokens": SEQUENCES * 256, "calibration": CALIBRATION * 256,
                  "rows": self._rows, "contrasts": self._contrasts}
@@ -163,35 +158,27 @@ def clipped(x):
     return fake_quantize(rows, replace(params, scale=CLIP * params.scale)).view_as(x)
 
 
-def weights_only(table, model, text, rounded, by_gptq):
-    """Rows of ``WEIGHTS`` that need no rotation but one; the model by GPTQ."""
+def weights_only(table, model, text, made):
+    """Rows of ``WEIGHTS`` without a rotation; some models are made already."""
 
     def nearest(net, **options):
         return quantized(net, text, method="nearest", progress=False, **options)
 
-    table.add(WEIGHTS, "nearest", rounded)
+    table.add(WEIGHTS, "nearest", made["nearest"])
     for size in (192, 64, 32):
         table.add(WEIGHTS, f"nearest, {size}", nearest(model, group_size=size))
     table.add(WEIGHTS, "nearest, MSE", nearest(model, ranges="MSE"))
     table.add(WEIGHTS, "nearest, weighted", nearest(model, ranges="weighted"))
     table.add(WEIGHTS, "GPTQ, plain", quantized(model, text, progress=False))
     table.add(WEIGHTS, "GPTQ, order", quantized(model, text, act_order=True, progress=False))
-    table.add(WEIGHTS, "GPTQ", by_gptq)
+    table.add(WEIGHTS, "GPTQ", made["GPTQ"])
     table.add(WEIGHTS, "AWQ", nearest(activation_aware(model, text, progress=False)))
     scaled = activation_aware(model, text, group_size=64, progress=False)
     table.add(WEIGHTS, "AWQ, 64", nearest(scaled, group_size=64))
-    return scaled
-
-
-def weights_further(table, model, text, scaled, in_groups):
-    table.add(WEIGHTS, "GPTQ, 64", in_groups)
-    options = {"method": "nearest", "group_size": 64, "progress": False}
-    table.add(WEIGHTS, "nearest, 64, weighted", quantized(model, text, ranges="weighted", **options))
-    table.add(WEIGHTS, "AWQ, 64, weighted", quantized(scaled, text, ranges="weighted", **options))
-    table.add(WEIGHTS, "AWQ, GPTQ, 64", quantized(scaled, text, group_size=64, **BEST, progress=False))
-    table.add(WEIGHTS, "3 bits, 64, nearest", quantized(model, text, 3, **options))
-    table.add(WEIGHTS, "3 bits, 64, GPTQ", quantized(model, text, 3, group_size=64, **BEST, progress=False))
-    table.add(WEIGHTS, "GPTQ, half the text", quantized(model, text[:len(text) // 2], **BEST, progress=False))
+    table.add(WEIGHTS, "GPTQ, 64", made["GPTQ, 64"])
+    table.add(WEIGHTS, "AWQ, GPTQ, 64", by_gptq(scaled, text, group_size=64))
+    table.add(WEIGHTS, "3 bits, 64, nearest", nearest(model, bits=3, group_size=64))
+    table.add(WEIGHTS, "3 bits, 64, GPTQ", by_gptq(model, text, bits=3, group_size=64))
 
 
 def turned(folded, r1=None, seed=0):
@@ -211,27 +198,32 @@ def main():
     text = tokens["calibration"][:CALIBRATION]
     table = _Table({name: Judge(model, tokens[name][:SEQUENCES]) for name in TEXTS[:3]})
     fours = activations() | kv_quantizers(model, 4, r3=True)
-    in_groups_of_32 = activations(granularity="group", group_size=32) | kv_quantizers(model, 4, r3=True)
 
     rounded = quantized(model, text, method="nearest", progress=False)
     table.add(ALL, "nearest", rounded, fours)
     plain = by_gptq(model, text)
     table.add(ALL, "GPTQ", plain, fours)
-    folded = fold_gains(model)
-    found = outliers.statistics(model, text)
-    smoothed = smoothquant.smooth(model, found, 0.7, sites=smoothquant.PAIRS)
+    smoothed = smoothquant.smooth(model, outliers.statistics(model, text), 0.7, sites=smoothquant.PAIRS)
     table.add(ALL, "smoothed, GPTQ", by_gptq(smoothed, text), fours)
-    del smoothed
+    in_groups = by_gptq(model, text, group_size=64)
+    weights_only(table, model, text, {"nearest": rounded, "GPTQ": plain, "GPTQ, 64": in_groups})
+
+    folded = fold_gains(model)
+    table.add(WEIGHTS, "folded, nearest", quantized(folded, text, method="nearest", progress=False))
     hadamard = turned(folded)
-    hadamard_rounded = quantized(hadamard, text, method="nearest", progress=False)
-    table.add(ALL, "Hadamard, nearest", hadamard_rounded, fours)
-    hadamard_fine = by_gptq(hadamard, text)
-    table.add(ALL, "Hadamard, GPTQ", hadamard_fine, fours)
+    rounded = quantized(hadamard, text, method="nearest", progress=False)
+    table.add(ALL, "Hadamard, nearest", rounded, fours)
+    table.add(WEIGHTS, "Hadamard, nearest", rounded)
+    fine = by_gptq(hadamard, text)
+    table.add(ALL, "Hadamard, GPTQ", fine, fours)
+    table.add(WEIGHTS, "Hadamard, GPTQ", fine)
+    for seed in range(1, SEEDS):
+        table.add(ALL, "Hadamard, GPTQ", by_gptq(turned(folded, seed=seed), text), fours, seed)
+
     learned = turned(folded, spinquant.learned_rotation())
     fine = by_gptq(learned, text)
     table.add(ALL, "learned, GPTQ", fine, fours)
-    table.add(ALL, "groups of 32, GPTQ", plain, in_groups_of_32)
-
+    table.add(WEIGHTS, "learned, GPTQ", fine)
     table.add(PIECES, "W16A16KV4", learned, kv_quantizers(model, 4, r3=True))
     table.add(PIECES, "W4A16KV16", fine)
     table.add(PIECES, "W4A8KV8", fine, activations(8) | kv_quantizers(model, 8, r3=True))
@@ -239,28 +231,14 @@ def main():
     table.add(PIECES, "W4A4KV16", fine, activations())
     table.add(PIECES, "W16A4KV4", learned, fours)
 
-    scaled = weights_only(table, model, text, rounded, plain)
-    table.add(WEIGHTS, "folded, nearest", quantized(folded, text, method="nearest", progress=False))
-    table.add(WEIGHTS, "Hadamard, nearest", hadamard_rounded)
-    table.add(WEIGHTS, "Hadamard, GPTQ", hadamard_fine)
-    table.add(WEIGHTS, "learned, GPTQ", fine)
-    del hadamard, hadamard_rounded, hadamard_fine, rounded
-    in_groups = by_gptq(model, text, group_size=64)
-    weights_further(table, model, text, scaled, in_groups)
-    del scaled
-
-    for seed in range(1, SEEDS):
-        table.add(ALL, "Hadamard, GPTQ", by_gptq(turned(folded, seed=seed), text), fours, seed)
-    table.add(ALL, "learned, GPTQ, clipped", fine, fours | dict.fromkeys(PLACES, clipped))
     per_channel = activations() | kv_quantizers(model, 4, r3=True, keys="channel")
     table.add(ALL, "learned, GPTQ, keys per channel", fine, per_channel)
-    table.add(ALL, "learned, GPTQ, symmetric", by_gptq(learned, text, symmetric=True), fours)
+    table.add(ALL, "learned, GPTQ, clipped", fine, fours | dict.fromkeys(PLACES, clipped))
     table.add(ALL, "learned, GPTQ, weights 64", by_gptq(learned, text, group_size=64), fours)
+    table.add(ALL, "learned, GPTQ, symmetric", by_gptq(learned, text, symmetric=True), fours)
+    in_groups_of_32 = activations(granularity="group", group_size=32) | kv_quantizers(model, 4, r3=True)
+    table.add(ALL, "groups of 32, GPTQ", plain, in_groups_of_32)
     table.add(ALL, "groups of 32, GPTQ, weights 64", in_groups, in_groups_of_32)
-    inputs = proxy_inputs(folded, tokens["calibration"][:8], per_site=spinquant.PER_SITE)
-    for seed in range(1, LEARNED_SEEDS):
-        r1 = spinquant.learn(inputs, seed).rotation
-        table.add(ALL, "learned, GPTQ", by_gptq(turned(folded, r1, seed), text), fours, seed)
 
 
 if __name__ == "__main__":

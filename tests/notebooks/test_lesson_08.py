@@ -58,3 +58,28 @@ def test_eight_bits_of_activations_and_cache_cost_a_hundredth_or_two():
     for text in TEXTS:
         contrast = study.contrast("pieces", "W4A8KV8", "W4A16KV16", text)
         assert contrast.low < 1 < contrast.high
+
+
+@pytest.mark.parametrize("name, value, answer", [
+    ("groups of 64", [study.contrast("W4A16", "nearest, 64", "nearest", text).kl for text in TEXTS], "about a half"),
+    ("the model by GPTQ", [study.contrast("W4A16", "GPTQ", "nearest", text).kl for text in TEXTS], "about a third"),
+])
+def test_the_predictions_have_the_answers_that_the_tables_give(name, value, answer):
+    question = PREDICTIONS[name]
+    assert {question.options[question.answer(one)].text for one in (*value, sum(value) / len(value))} == {answer}
+
+
+def test_the_predictions_have_the_answers_that_the_text_gives():
+    rotated = [study.contrast("W4A16", "Hadamard, GPTQ", "GPTQ", text) for text in TEXTS]
+    pieces = {"weights": "W4A16KV16", "activations": "W16A4KV16", "cache": "W16A16KV4"}
+    least = {name: min(study.row("pieces", piece, text).kl for text in TEXTS) for name, piece in pieces.items()}
+    for name, value, answer in (("rotated and repaired", rotated, "below 1 on all three texts"),
+                                ("the dearest four", least, "the activations")):
+        question = PREDICTIONS[name]
+        assert question.options[question.answer(value)].text == answer
+
+
+@pytest.mark.parametrize("name", [name for name, question in PREDICTIONS.items() if not isinstance(question, Number)])
+def test_a_wrong_choice_is_told_where_to_look(name):
+    looks = sorted(bool(option.look) for option in PREDICTIONS[name].options)
+    assert looks == [name == "four bits at 256 tokens", True, True]  # there, each may be right on some machine
