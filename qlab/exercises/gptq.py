@@ -67,8 +67,7 @@ PREDICTIONS = {
         "After GPTQ on both, rotated divided by not rotated is", (
             Option("above 1 on all three texts", lambda ratios: min(one.kl_low for one in ratios) > 1,
                    "That holds for rounding to nearest. Read the ratios with GPTQ."),
-            Option("below 1 on all three texts", lambda ratios: max(one.kl_high for one in ratios) < 1,
-                   "Read the intervals of the last ratios: do all of them end below 1?"),
+            Option("below 1 on all three texts", lambda ratios: max(one.kl_high for one in ratios) < 1),
             Option("not the same verdict on all three", lambda ratios: not (
                 min(one.kl_low for one in ratios) > 1 or max(one.kl_high for one in ratios) < 1),
                    "Read the intervals of the last ratios, text by text."),
