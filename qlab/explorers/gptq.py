@@ -34,13 +34,14 @@ from qlab.live import (
 STORED, BY_SIZE = "as stored", "largest H first"
 ROW = "row"
 RANGES = ("min-max", "weighted")
-SHARES = np.arange(8, 41) / 40
+SHARES = np.arange(16, 41) / 40
 _GROUPS = (128, 64, 32, 16)
 _FEWEST = 16  # tokens
 _POINTS = 33  # of a curve
 _ROWS = 16  # that can be told apart, and make a small picture
 _LOOKS = ({"color": BLACK}, {"color": BLUE, "ls": "--"}, {"color": VERMILION, "ls": "-."}, {"color": GREEN, "ls": ":"})
 _SHIFTS = LinearSegmentedColormap.from_list("shifts", [BLUE, "white", VERMILION], N=21)
+_REACH = 15  # pixels, from the pointer to a point
 _ROUNDING = 12**-0.5  # root mean square error of rounding, in steps
 
 
@@ -239,7 +240,7 @@ def _replayed(w, run, columns):
 
 
 def _compensation_figure(rows, n, names):
-    with new_figure(height=420) as figure:
+    with new_figure(height=400) as figure:
         left, right = figure.add_gridspec(1, 2, width_ratios=[1.35, 1])
         cells, profile = left.subgridspec(2, 1, height_ratios=[1.9, 1]).subplots()
         curve = figure.add_subplot(right)
@@ -260,7 +261,8 @@ def _compensation_figure(rows, n, names):
         nearest = [curve.plot([], [], color=look["color"], lw=1, ls=(0, (1, 3)), **moving)[0] for look in looks]
         curves = [curve.plot([], [], label=name, **look, **moving)[0] for name, look in zip(names, looks, strict=True)]
         dots = [curve.plot([], [], "o", ms=10, color=look["color"], clip_on=False, **moving)[0] for look in looks]
-        curve.legend([*curves, nearest[0]], [*names, "to nearest"], loc="lower left", fontsize=12)
+        curve.legend([*curves, nearest[0]], [*names, "to nearest"], loc="upper center", ncols=2, fontsize=12,
+                     frameon=False)
         lines_at = [axes.axvline(0, color=BLACK, lw=2.5, animated=True) for axes in (cells, profile)]
         lines_at.append(curve.axvline(0, color=BLACK, lw=1.2, animated=True))
     return figure, SimpleNamespace(bits=None, stretches=(cells, profile), rows=range(rows), image=image, done=done,
@@ -318,7 +320,7 @@ def clip_search(w=None, x=None, bits=4):
     Returns
     -------
     Explorer
-        Controls ``share`` (of the range of each row or group, 0.2 to 1), ``bits`` and ``group`` ("row", or the columns
+        Controls ``share`` (of the range of each row or group, 0.4 to 1), ``bits`` and ``group`` ("row", or the columns
         that share a scale). The chips go to the share with the least error of one kind, the same for all rows;
         `qlab.gptq.weight_params` searches for each row or group. Parts "curves" and "columns".
 
@@ -331,7 +333,7 @@ def clip_search(w=None, x=None, bits=4):
     --------
     >>> explorer = clip_search()
     >>> before = explorer.readout
-    >>> explorer.press("least weight error")
+    >>> explorer.press("best for weights")
     >>> explorer.readout["weight_sqnr_db"] > before["weight_sqnr_db"]
     True
     >>> explorer.readout["output_error_percent"] > before["output_error_percent"]
@@ -376,15 +378,23 @@ def clip_search(w=None, x=None, bits=4):
         return {"share": float(SHARES[::-1][curves(bits, group)[which, ::-1].argmin()])}
 
     controls = {
-        "share": FloatSlider(1, min=0.2, max=1, step=0.025, description="share", readout_format=".3f",
-                             layout={"width": "340px"}, style={"description_width": "45px"}),
+        "share": FloatSlider(1, min=0.4, max=1, step=0.025, description="share", readout_format=".3f",
+                             layout={"width": "320px"}, style={"description_width": "45px"}),
         "bits": bits_slider(bits), "group": _group_control(w.shape[1]),
     }
+    def hover(axes, x, y, result):
+        if axes is not artists.now.axes:
+            return ""
+        points = axes.transData.transform(np.column_stack([inputs, result.columns]))
+        far = np.hypot(*(points - axes.transData.transform((x, y))).T)
+        i = int(far.argmin())
+        return f"column {i}\ninputs: {inputs[i]:.3g}, error: {result.columns[i]:.1f} %" if far[i] < _REACH else ""
+
     figure, artists = _clip_figure(inputs)
     return Explorer(
         figure, controls, compute, partial(_draw_clip, artists, lambda bits: curves(bits, ROW)[:, -1].max(),
                                            lambda result: columns(1.0, result.bits, ROW)[0]), read,
-        chips={"least weight error": partial(least, 0), "least weighted error": partial(least, 1)},
+        chips={"best for weights": partial(least, 0), "best by diag(H)": partial(least, 1)}, hover=hover,
         handles=[Handle("the share", figure.axes[1], lambda result: (result.share, None),
                         lambda x, y, start: {"share": x})],
         ghost=[artists.now, *artists.dots], main=("output_error_percent", "%"),
@@ -397,7 +407,7 @@ def clip_search(w=None, x=None, bits=4):
 
 
 def _clip_figure(inputs):
-    with new_figure(height=420) as figure:
+    with new_figure(height=370) as figure:
         columns, curve = figure.subplots(1, 2, width_ratios=[1, 1.2], sharey=True)
         live = inputs[inputs > 0]
         moving = {"animated": True, "scalex": False, "scaley": False}
@@ -405,16 +415,16 @@ def _clip_figure(inputs):
                     xlim=(live.min() / 1.5, live.max() * 1.5))
         unknown = np.full_like(inputs, np.nan)
         whole = columns.plot(inputs, unknown, ".", ms=5, color=GREY, label="whole range")[0]
-        now = columns.plot(inputs, unknown, ".", ms=7, color=BLACK, clip_on=False, label="now", **moving)[0]
+        now = columns.plot(inputs, unknown, ".", ms=5, color=BLACK, clip_on=False, label="now", **moving)[0]
         columns.legend(loc="lower right", ncols=2, markerscale=2)
         curve.tick_params(labelleft=True)
-        curve.set(title="error of all (%)", xlabel="share of the range", xlim=(SHARES[0] - 0.02, 1.02))
+        curve.set(title="error of the whole (%)", xlabel="share of the range", xlim=(SHARES[0] - 0.02, 1.02))
         looks = (("weights", {"color": BLUE, "ls": "--"}), ("weights, by diag(H)", {"color": PURPLE, "ls": ":"}),
                  ("output", {"color": BLACK}))
         curves = [curve.plot([], [], label=label, **look, **moving)[0] for label, look in looks]
         dots = [curve.plot([], [], "o", ms=10, color=look["color"], clip_on=False, **moving)[0] for _, look in looks]
         line = curve.axvline(1, color=ORANGE, lw=1.5, animated=True)
-        curve.legend(loc="lower left")
+        curve.legend(loc="lower left", fontsize=12)
     return figure, SimpleNamespace(bits=None, whole=whole, now=now, curves=curves, dots=dots, line=line)
 
 
@@ -432,7 +442,7 @@ def _draw_clip(artists, most, whole, result):
 
 
 def _place(share):
-    return round(40 * share) - 8
+    return round(40 * share) - 16
 
 
 # What both share

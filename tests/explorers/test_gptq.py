@@ -26,17 +26,17 @@ from tests.explorers.checks import (
 )
 from tests.explorers.test_hands_of_grids import drag, share
 
-WHOLE, X, HELD_OUT = samples.part_of_o()
-W = WHOLE[:16]
+W, X, HELD_OUT = samples.part_of_o()
+W, X, HELD_OUT = W[:16, :32], X[:, :32], {name: other[:, :32] for name, other in HELD_OUT.items()}
 GATE = samples.products()[29, "mlp_in"][0], samples.products()[29, "mlp_in"][1][:24]
 START = {
     "compensation": {"columns": 0, "bits": 4, "group": ROW, "damping": 0.01, "order": STORED, "tokens": 2048,
                      "ranges": "min-max"},
     "clip_search": {"share": 1.0, "bits": 4, "group": ROW},
 }
-OPTIONS = {"columns": (0, 1, 31, 40, 64), "bits": (2, 4), "group": [ROW, 32, 16], "damping": (1e-4, 1.0),
+OPTIONS = {"columns": (0, 1, 19, 32), "bits": (2, 4), "group": [ROW, 16], "damping": (1e-4, 1.0),
            "order": [STORED, BY_SIZE], "tokens": (16, 2048), "ranges": list(RANGES)}
-SETTINGS = {"compensation": [{"columns": 40}, {"columns": 21, "bits": 3, "group": 16, "order": BY_SIZE, "tokens": 64}],
+SETTINGS = {"compensation": [{"columns": 20}, {"columns": 13, "bits": 3, "group": 16, "order": BY_SIZE, "tokens": 64}],
             "clip_search": [{"share": 0.8}, {"share": 0.5, "bits": 3, "group": 64}]}
 MAKERS = {"compensation": lambda: compensation(W, X, HELD_OUT), "clip_search": lambda: clip_search(*GATE[::-1])}
 shared, put = figures(MAKERS, START)
@@ -81,7 +81,7 @@ def test_words(name, make):
 
 
 def test_compute_draws_nothing():
-    assert_compute_draws_nothing(put("compensation", {}), [{"columns": 9}, {"tokens": 32}, {"group": 32}, {"bits": 5}])
+    assert_compute_draws_nothing(put("compensation", {}), [{"columns": 9}, {"tokens": 32}, {"group": 16}, {"bits": 5}])
     assert_compute_draws_nothing(put("clip_search", {}), [{"share": 0.5}, {"bits": 3}, {"group": 32}])
 
 
@@ -112,7 +112,7 @@ def test_bad_arrays(make, w, x, part):
 
 
 @pytest.mark.parametrize("name, bad", [
-    ("compensation", {"columns": 65, "bits": 9, "group": 48, "damping": 2.0, "order": "last", "tokens": 100,
+    ("compensation", {"columns": 33, "bits": 9, "group": 48, "damping": 2.0, "order": "last", "tokens": 100,
                       "ranges": "MSE"}),
     ("clip_search", {"share": 0.1, "bits": 1, "group": 128}),
 ])
@@ -191,10 +191,10 @@ def test_few_tokens_are_learned_by_heart():
 def test_the_columns_are_taken_in_the_picture():
     explorer = put("compensation", {})
     for which in range(3):
-        drag(explorer, "columns", (10, None), (33.4, None), which=which)
-        assert values(explorer)["columns"] == 33
+        drag(explorer, "columns", (10, None), (23.4, None), which=which)
+        assert values(explorer)["columns"] == 23
         drag(explorer, "columns", (99, None), which=which)
-        assert values(explorer)["columns"] == 64
+        assert values(explorer)["columns"] == 32
         drag(explorer, "columns", (-3, None), which=which)
         assert values(explorer)["columns"] == 0
 
@@ -203,7 +203,7 @@ def test_a_cell_and_a_column_under_the_pointer():
     explorer = put("compensation", {"columns": 20, "order": BY_SIZE})
     order, now = directly(START["compensation"] | {"columns": 20, "order": BY_SIZE})
     cells, profile, curve = explorer.figure.axes[:3]
-    for x, code in ((7, f", code {now.codes[5, order[7]]}"), (30, "")):
+    for x, code in ((7, f", code {now.codes[5, order[7]]}"), (28, "")):
         explorer._picture.pointer = {"hover": share(explorer, cells, x + 0.5, 5.5)}
         first, second, third = explorer._picture.tip.split("\n")
         assert first == f"row 5, column {order[x]}, " + ("rounded" if code else "to come")
@@ -233,7 +233,7 @@ def test_a_layer_of_ones_own(tokens, n, outputs):
 
 @pytest.mark.parametrize("held_out, part", [
     ({"calibration": X}, "names of their own"), (dict.fromkeys("abcd", X), "up to 3 texts"), ({3: X}, "names"),
-    ({"prose": X[:, :5]}, r"held_out\['prose'\] must be of shape"), (np.full((3, 64), np.inf), "must be finite"),
+    ({"prose": X[:, :5]}, r"held_out\['prose'\] must be of shape"), (np.full((3, 32), np.inf), "must be finite"),
 ])
 def test_bad_texts(held_out, part):
     with pytest.raises(ValueError, match=part):
@@ -252,7 +252,7 @@ def test_the_three_errors_over_the_share_of_the_range(bits, group):
     explorer = put("clip_search", {"bits": bits, "group": group})
     lines = [line for line in explorer.figure.axes[1].lines if len(line.get_xdata()) == len(SHARES)]
     h = np.sqrt(np.square(x, dtype=np.float64).sum(0))
-    for share_of in (1.0, 0.85, 0.2):
+    for share_of in (1.0, 0.85, 0.4):
         explorer.set(share=share_of)
         w_hat = fake_quantize(torch.tensor(w), replace(params, scale=params.scale * share_of)).numpy()
         expected = [percent(np.eye(w.shape[1]), w, w_hat), percent(np.diag(h), w, w_hat), percent(x, w, w_hat)]
@@ -275,9 +275,9 @@ def test_the_three_errors_over_the_share_of_the_range(bits, group):
 def test_the_best_range_of_the_weights_is_not_that_of_the_output():
     explorer = clip_search()
     weights, weighted, output = explorer._result.curves
-    explorer.press("least weight error")
+    explorer.press("best for weights")
     assert values(explorer)["share"] == pytest.approx(SHARES[weights.argmin()])
-    explorer.press("least weighted error")
+    explorer.press("best by diag(H)")
     assert values(explorer)["share"] == pytest.approx(SHARES[weighted.argmin()])
     assert SHARES[weights.argmin()] < SHARES[output.argmin()] < 1
     assert output[weights.argmin()] > output[-1]
@@ -288,4 +288,18 @@ def test_the_share_is_taken_in_the_picture():
     drag(explorer, "the share", (0.71, None), (0.66, None))
     assert values(explorer)["share"] == pytest.approx(0.65)
     drag(explorer, "the share", (0.1, None))
-    assert values(explorer)["share"] == 0.2
+    assert values(explorer)["share"] == 0.4
+
+
+def test_a_column_of_weights_under_the_pointer():
+    explorer = put("clip_search", {"share": 0.8})
+    columns, curve = explorer.figure.axes
+    x, _ = GATE
+    inputs = np.sqrt((x**2).mean(0))
+    largest = int(inputs.argmax())
+    error = columns.lines[1].get_ydata()[largest]
+    explorer._picture.pointer = {"hover": share(explorer, columns, inputs[largest], error)}
+    assert explorer._picture.tip == f"column {largest}\ninputs: {inputs[largest]:.3g}, error: {error:.1f} %"
+    for axes, at in ((columns, (inputs[largest], 1)), (curve, (0.8, 10))):
+        explorer._picture.pointer = {"hover": share(explorer, axes, *at)}
+        assert not explorer._picture.tip
