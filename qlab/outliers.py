@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from qlab.affine import check_bits, check_integer, fake_quantize, real_array, zero_point_params
-from qlab.smollm import READERS, SITES, check_model, check_places, check_tokens, inserted, is_number, plain_weights
+from qlab.smollm import READERS, SITES, check_places, check_tokens, inserted, is_number, plain_weights
 
 GRANULARITIES = ("tensor", "token", "channel", "group")
 
@@ -94,7 +94,7 @@ def products(model, tokens, places, outputs=64):
             for (layer, site), x in capture(model, tokens, places).items()}
 
 
-def statistics(model, tokens, sites=SITES):
+def statistics(model, tokens, sites=SITES, *, skip=0):
     """`Statistics` of every layer at some sites, without keeping the activations.
 
     Parameters
@@ -102,6 +102,8 @@ def statistics(model, tokens, sites=SITES):
     model : SmolLM
     tokens : int64 tensor, shape (N, T)
     sites : iterable of str, of `qlab.smollm.SITES`
+    skip : int, 0 to T − 1
+        So many tokens at the head of each sequence are read, but not counted: 1 leaves massive activations out.
 
     Returns
     -------
@@ -110,16 +112,16 @@ def statistics(model, tokens, sites=SITES):
     Raises
     ------
     ValueError
-        As `capture`, or if an activation is NaN or infinite.
+        As `capture`, if ``skip`` is out of range, or if an activation is NaN or infinite.
     """
-    check_model(model)
-    sites = list(sites)
+    check_tokens(model, tokens)
+    sites, skip = list(sites), check_integer(skip, "skip", 0, tokens.shape[1] - 1)
     places = check_places(model, [(layer, site) for layer in range(len(model.blocks)) for site in sites])
     ends = {place: ([], []) for place in places}
 
     def add(low, high, x):
-        low.append(x.amin((0, 1)))
-        high.append(x.amax((0, 1)))
+        low.append(x[:, skip:].amin((0, 1)))
+        high.append(x[:, skip:].amax((0, 1)))
 
     _watch(model, tokens, {place: partial(add, *pair) for place, pair in ends.items()})
     found = {place: Statistics(torch.stack(low).amin(0), torch.stack(high).amax(0))
@@ -279,6 +281,55 @@ def params_of(x, granularity="tensor", bits=8, *, group_size=64):
     if granularity == "group":
         return zero_point_params(x, bits, group_size=group_size)
     return zero_point_params(x, bits, axis={"tensor": None, "token": 0, "channel": 1}[granularity])
+
+
+def fp8(x, granularity="tensor", *, group_size=64):
+    """``x`` rounded to FP8 E4M3, scaled so that the largest magnitude of each part becomes 448.
+
+    Parameters
+    ----------
+    x : float tensor, shape (tokens, channels) or (N, T, channels)
+    granularity : {"tensor", "token", "channel", "group"}
+        What shares a scale; a group is ``group_size`` neighbouring channels of one token.
+    group_size : int
+        Must divide the number of channels.
+
+    Returns
+    -------
+    (x_hat, scale)
+        x̂ of the shape of ``x``; the scale of each value, which broadcasts to that.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range.
+
+    References
+    ----------
+    Micikevicius et al. 2022, "FP8 formats for deep learning", section 3.
+
+    Examples
+    --------
+    >>> fp8(torch.tensor([[448.0, 300.0, -21.0, 1.3]]))[0]
+    tensor([[448.0000, 288.0000, -20.0000,   1.2500]])
+    """
+    _check_granularity(granularity)
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.ndim < 2:
+        got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ValueError(f"x must be a tensor of floats with two or more dimensions, got {got}")
+    rows = real_array(x, "x").detach().flatten(0, -2)
+    if granularity == "group":
+        group_size = check_integer(group_size, "group_size", 1)
+        if rows.shape[1] % group_size:
+            raise ValueError(f"group_size must divide the {rows.shape[1]} channels, got {group_size}")
+        largest = rows.abs().unflatten(1, (-1, group_size)).amax(2).repeat_interleave(group_size, 1)
+    else:
+        axes = {"tensor": (0, 1), "token": 1, "channel": 0}[granularity]
+        largest = rows.abs().amax(axes, keepdim=True)
+    scale = largest / 448
+    scale = scale.masked_fill(scale == 0, 1)
+    codes = (rows / scale).to(torch.float8_e4m3fn)
+    return (scale * codes.to(scale.dtype)).to(x.dtype).view(x.shape), scale
 
 
 def dynamic_quantizers(granularity="token", bits=8, *, places, group_size=64):

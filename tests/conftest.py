@@ -54,6 +54,12 @@ class Measured:
             assert not found, "\n".join(found)
 
 
+def pytest_collection_modifyitems(items):
+    """Files that take long come first, so that no worker waits for the other; browser tests share what they start."""
+    first = ("tests/browser/", "notebooks/")
+    items.sort(key=lambda item: [not item.nodeid.startswith(folder) for folder in first])
+
+
 def pytest_configure(config):
     config.pluginmanager.register(StatedMemory())
     config.pluginmanager.register(Measured())

@@ -3,6 +3,7 @@
 import itertools
 from contextlib import contextmanager
 
+import ml_dtypes
 import numpy as np
 import pytest
 import scipy.stats
@@ -11,13 +12,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
-from qlab import affine, smollm
+from qlab import affine, evaluation, floats, smollm
 from qlab.outliers import (
     GRANULARITIES,
     MassiveActivation,
     Statistics,
     capture,
     dynamic_quantizers,
+    fp8,
     kurtosis,
     massive_activations,
     outlier_channels,
@@ -42,7 +44,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def tokens(model):
-    return smollm.texts(model, 2, 32)[0]
+    return evaluation.texts(model)["calibration"][:2, :32]
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +111,20 @@ def test_statistics_are_those_of_the_captured_activations(captured, found):
         assert torch.equal(one.low, x.min(0).values)
         assert torch.equal(one.high, x.max(0).values)
         assert torch.equal(one.absmax, x.abs().max(0).values)
+
+
+def test_statistics_without_the_first_tokens(model, tokens, captured):
+    for skip in (1, 31):
+        for place, one in statistics(model, tokens, ["down_in"], skip=skip).items():
+            x = captured[place].view(2, 32, -1)[:, skip:].flatten(0, 1)
+            assert torch.equal(one.low, x.min(0).values)
+            assert torch.equal(one.high, x.max(0).values)
+
+
+@pytest.mark.parametrize("skip", [-1, 32, 1.5])
+def test_not_all_tokens_can_be_skipped(model, tokens, skip):
+    with pytest.raises(ValueError, match=f"skip must be an integer from 0 to 31, got {skip}"):
+        statistics(model, tokens, skip=skip)
 
 
 def test_sites_are_told_in_the_order_that_was_asked_for(model, tokens):
@@ -375,6 +391,33 @@ def test_params_hold_the_range_of_each_part(granularity, bits):
     assert (params.axis, params.group_size) == (direct.axis, direct.group_size)
 
 
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_fp8_is_that_of_ml_dtypes_and_of_lesson_01(granularity, dtype):
+    x = random_matrix(6, 32, 3).to(dtype)
+    x[2], x[:, 7], x[4, 8:16] = 0, 0, 0  # a part with nothing but 0
+    x_hat, scale = fp8(x, granularity, group_size=8)
+    assert (x_hat.dtype, x_hat.shape) == (dtype, x.shape)
+    wide = x.double() if dtype == torch.float64 else x.float()
+    largest = np.abs(parts(wide.numpy(), granularity, 8)).max(1)
+    seen = parts(scale.expand(6, 32).numpy(), granularity, 8)
+    np.testing.assert_array_equal(seen, np.repeat(np.where(largest > 0, largest / 448, 1)[:, None], seen.shape[1], 1))
+    scaled = (wide / scale).numpy()
+    for rounded in (scaled.clip(-448, 448).astype(ml_dtypes.float8_e4m3fn).astype(scaled.dtype),
+                    floats.decode(floats.encode(scaled, floats.FP8_E4M3, saturate=True), floats.FP8_E4M3)):
+        expected = (scale * torch.tensor(rounded).to(scale.dtype)).to(dtype)
+        assert torch.equal(x_hat, expected)
+    assert torch.equal(fp8(x.view(2, 3, 32), granularity, group_size=8)[0], x_hat.view(2, 3, 32))
+
+
+@pytest.mark.parametrize("size", [3e38, 1e-38, 9e-43, 1e-44])
+def test_fp8_at_the_ends_of_the_floats(size):
+    x = size * torch.linspace(-1, 1, 64).view(4, 16)
+    x_hat, _ = fp8(x)
+    assert x_hat.isfinite().all()
+    assert size < 1e-40 or (x_hat - x).abs().max() <= 0.04 * size
+
+
 def test_what_the_defaults_are():
     x = random_matrix(4, 128, 0)
     assert repr(params_of(x)) == repr(params_of(x, "tensor", 8))
@@ -490,7 +533,12 @@ def test_bad_matrices_are_refused(function, bad, part):
       for bits in (1, 17, 2.5)],
     *[(lambda size=size: params_of(MATRIX, "group", group_size=size), f"group_size must divide .* got {size}")
       for size in (3, 0, 8)],
-    (lambda: params_of(NAN), "x must be finite, got 1 NaN"),
+    (lambda: params_of(NAN), "x must be finite, got 1 NaN"), (lambda: fp8(NAN), "x must be finite, got 1 NaN"),
+    (lambda: fp8(MATRIX, "row"), "granularity must be .* got 'row'"),
+    *[(lambda bad=bad: fp8(bad), "x must be a tensor of floats with two or more dimensions")
+      for bad in (MATRIX.long(), MATRIX.numpy(), torch.ones(3))],
+    *[(lambda size=size: fp8(MATRIX, "group", group_size=size), f"group_size must .* got {size}")
+      for size in (3, 0, 8)],
     (lambda: dynamic_quantizers("row", places=[]), "granularity must be .* got 'row'"),
     (lambda: dynamic_quantizers("token", 1, places=[]), "bits must be .* got 1"),
     *[(lambda bad=bad: dynamic_quantizers(places=[0])[0](bad), "x must be a tensor of floats with at least one axis")

@@ -7,8 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from sklearn.datasets import load_digits
 
 from qlab import samples
+from qlab.studies import mlp
+from qlab.studies import samples as script
 from tests.test_project import loaded_by
 
 FUNCTIONS = {"relu": lambda x: np.maximum(x, 0), "tanh": np.tanh}
@@ -63,7 +67,7 @@ def test_no_image_is_there_twice():
 
 
 def test_images_and_labels_are_those_of_scikit_learn():
-    pixels, labels = pytest.importorskip("sklearn.datasets").load_digits(return_X_y=True)
+    pixels, labels = load_digits(return_X_y=True)
     label_of = {row.tobytes(): label for row, label in zip(pixels.astype(np.uint8), labels, strict=True)}
     found = [label_of[row.tobytes()] for row in (samples.load("digit_images") * 16).astype(np.uint8)]
     np.testing.assert_array_equal(found, samples.load("digit_labels"))
@@ -167,18 +171,23 @@ def test_the_outliers_are_small_files():
 
 
 def test_products_are_those_of_the_real_model(monkeypatch, tmp_path):
-    torch, extract = pytest.importorskip("torch"), pytest.importorskip("qlab.samples.extract")
-    monkeypatch.setattr(extract, "FOLDER", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["extract"])
-    loaded, load, threads = [], extract.smollm.load, torch.get_num_threads()
-    monkeypatch.setattr(extract.smollm, "load", lambda: loaded.append(load(progress=False)) or loaded[0])
+    monkeypatch.setattr(script, "FOLDER", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["samples"])
+    loaded, load, threads = [], script.smollm.load, torch.get_num_threads()
+    monkeypatch.setattr(script.smollm, "load", lambda: loaded.append(load(progress=False)) or loaded[0])
     try:
         with redirect_stdout(io.StringIO()) as printed:
-            extract.main()
+            script.main()
     finally:
         torch.set_num_threads(threads)
-    assert {file.name for file in tmp_path.iterdir()} == {f"outliers_{layer}_{site}.npz" for layer, site in PRODUCTS}
-    assert printed.getvalue().count("sha256") == len(PRODUCTS)
+    made = {f"outliers_{layer}_{site}.npz" for layer, site in PRODUCTS} | {"gains.npz", "part_of_o.npz"}
+    assert {file.name for file in tmp_path.iterdir()} == made
+    assert printed.getvalue().count("sha256") == len(made)
+    for name in ("gains.npz", "part_of_o.npz"):
+        with np.load(tmp_path / name) as again, np.load(samples.path(name)) as shipped:
+            assert again.files == shipped.files
+            for key in again.files:
+                np.testing.assert_allclose(again[key], shipped[key], rtol=2e-3, atol=1e-3)
     for (layer, site), (x, w) in samples.products().items():
         matrix = getattr(loaded[0].blocks[layer], PRODUCTS[layer, site][0]).weight
         np.testing.assert_array_equal(w, matrix[:len(w)].numpy().astype(np.float16))
@@ -189,17 +198,16 @@ def test_products_are_those_of_the_real_model(monkeypatch, tmp_path):
 
 
 def test_the_script_writes_the_same_bytes_again(monkeypatch, tmp_path):
-    train_mlp = pytest.importorskip("qlab.samples.train_mlp")
-    monkeypatch.setattr(train_mlp, "EPOCHS", 1)  # a minute with all of them
-    threads = train_mlp.torch.get_num_threads()
+    monkeypatch.setattr(mlp, "EPOCHS", 1)  # a minute with all of them
+    threads = torch.get_num_threads()
     files = [tmp_path / "first.npz", tmp_path / "second.npz"]
     try:
         for file in files:
-            monkeypatch.setattr(train_mlp, "OUT", file)
+            monkeypatch.setattr(mlp, "OUT", file)
             with redirect_stdout(io.StringIO()) as printed:
-                train_mlp.main()
+                mlp.main()
     finally:
-        train_mlp.torch.set_num_threads(threads)
+        torch.set_num_threads(threads)
     assert files[0].read_bytes() == files[1].read_bytes()
     relu, tanh = printed.getvalue().splitlines()[-2:]  # about the file that ships
     assert relu.startswith("relu: 354 of 360 test images right, 98.3 %") and relu.endswith("[6, 8, 5, 6, 8, 3, 4, 8]")

@@ -22,7 +22,7 @@ PREDICTIONS = {
             Option("the same within a twentieth", lambda ratio: 0.95 <= ratio <= 1.05,
                    "Follow the black curve from the right: where has it its least value, and where the blue one?"),
             Option("larger", lambda ratio: ratio > 1.05),
-        ), move="Press least weight error."),
+        ), move="Press best for weights."),
     "the second weight": Number(
         "The second weight of the first row, before it is rounded",
         "The first token's output lacks 2 · 0.4, and this weight is multiplied by 1 there.",

@@ -4,6 +4,75 @@ import numpy as np
 
 from qlab import samples
 from qlab.exercises.checking import Case, check, recorded
+from qlab.exercises.predicting import Option, Question
+
+_ZEROS = (("under 1 %", lambda percent: percent < 1), ("about a fifth", lambda percent: 15 < percent < 25),
+          ("nearly all", lambda percent: percent > 95))
+PREDICTIONS = {
+    "int8 as it comes": Question(
+        "With int8 kernels, the perplexity is", (
+            Option("at most 5 % higher", lambda ratio: ratio <= 1.05,
+                   "So it was with the digits. But what are the activations of a language model like?"),
+            Option("up to a half higher", lambda ratio: 1.05 < ratio <= 1.5,
+                   "There is one scale for all tokens and channels of a tensor. Read the three ratios."),
+            Option("more than half higher", lambda ratio: ratio > 1.5),
+        )),
+    "largest in layer 12": Question(
+        "The largest value at (12, attn_in) is", (
+            Option("alone", lambda shares: max(shares) < 0.02,
+                   "Look along the token axis at its channel: is there a needle or a ridge?"),
+            Option("one of many in its channel", lambda shares: shares[1] > 0.5 > shares[0]),
+            Option("one of many in its token", lambda shares: shares[0] > 0.5 > shares[1],
+                   "Which axis does the ridge run along? All its values belong to one index of the other."),
+        )),
+    "largest in layer 11": Question(
+        "The largest value at (11, down_in) is", (
+            Option("alone", lambda shares: max(shares) < 0.02),
+            Option("one of many in its channel", lambda shares: shares[1] > 0.5 > shares[0],
+                   "A ridge would run through all tokens. Set place in the figure to layer 11, input of down."),
+            Option("one of many in its token", lambda shares: shares[0] > 0.5 > shares[1],
+                   "Count what stands beside it in its token: set place in the figure to layer 11, input of down."),
+        )),
+    "zeros in layer 12": Question(
+        "In layer 12, of the other values there become 0", tuple(
+            Option(text, right, look) for (text, right), look in zip(_ZEROS, (
+                "The largest is 126 times the median, and 8 bits have 255 steps. Where is half a step, then?", "",
+                "That is 4 bits: set bits to 4. At 8 bits, the blue line lies below most of the black dots."),
+                strict=True))),
+    "zeros in layer 11": Question(
+        "In layer 11, of the other values there become 0", tuple(
+            Option(text, right, look) for (text, right), look in zip(_ZEROS, (
+                "The largest is more than ten thousand times the median. How many steps of 255 are left below it?",
+                "That was layer 12. Compare the blue line with the black dots here.", ""), strict=True)),
+        move="Set place to layer 11, input of down."),
+    "FP8 in layer 11": Question(
+        "With FP8, the error of the output in layer 11", (
+            Option("stays above 50 %", lambda percent: percent > 50,
+                   "FP8 has levels close to 0 as well: its smallest number is 2⁻⁹, its largest 448. Divide."),
+            Option("falls to between 10 and 50 %", lambda percent: 10 <= percent <= 50,
+                   "A normal number of E4M3 has 3 bits of mantissa, so it is off by 1/16 at most. Does a needle change "
+                   "that?"),
+            Option("falls below 10 %", lambda percent: percent < 10),
+        )),
+    "clipped to ±6": Question(
+        "Clipping to ±6 does most harm at", (
+            Option("attn_in", lambda most: most == "attn_in",
+                   "The ridge of layer 12 reaches 9.9, so the largest loses a third. What do others lose?"),
+            Option("mlp_in", lambda most: most == "mlp_in",
+                   "Compare how far the largest value is from 6 at each site: the table of section 3."),
+            Option("down_in", lambda most: most == "down_in"),
+        )),
+    "channels to zero": Question(
+        "The model is hurt most without", (
+            Option("channel 247", lambda most: most == "channel 247",
+                   "It is the largest single one. But the others are four, and outliers, too. Compare the four rows."),
+            Option("four other outlier channels", lambda most: most == "four others"),
+            Option("four random channels", lambda most: most == "four random",
+                   "Chosen at random, they are ordinary channels. What did they carry?"),
+            Option("the needles of layer 11", lambda most: most == "needles",
+                   "Only token 0 has them. Compare the four rows."),
+        )),
+}
 
 
 @recorded
@@ -52,53 +121,68 @@ def check_token_scales(function):
 
 @recorded
 def check_decompose(function):
-    """Check ``function(x, w, threshold)``, x wᵀ with the outlier channels in float and the rest in 8-bit integers.
+    """Check ``function(x, w, threshold)``, x wᵀ in 8-bit integers, with the outlier channels of x in float.
 
-    A channel stays in float if some |x| in it is at least the threshold. The others are quantized by absmax, one scale
-    for each token of x and one for each output of w, taken from those channels alone.
+    w is stored as 8-bit integers by absmax, one scale for each output, before any x is seen. A channel of x stays in
+    float if some |x| in it is at least the threshold; it meets the dequantized weights. The other channels are
+    quantized by absmax, one scale for each token, taken from them alone.
 
     References
     ----------
-    Dettmers et al. 2022, "LLM.int8(): 8-bit matrix multiplication for transformers at scale", section 3.
+    Dettmers et al. 2022, "LLM.int8(): 8-bit matrix multiplication for transformers at scale", section 3; that the
+    weights are stored once and outlier columns dequantized: bitsandbytes, ``MatMul8bitLt``.
 
     Examples
     --------
     >>> def decompose(x, w, threshold):
+    ...     s_w = np.abs(w).max(axis=1, keepdims=True) / 127
+    ...     q_w = np.rint(w / s_w)
     ...     large = (np.abs(x) >= threshold).any(axis=0)
     ...     s_x = np.abs(x[:, ~large]).max(axis=1, keepdims=True) / 127
-    ...     s_w = np.abs(w[:, ~large]).max(axis=1, keepdims=True) / 127
-    ...     q_x, q_w = np.rint(x[:, ~large] / s_x), np.rint(w[:, ~large] / s_w)
-    ...     return x[:, large] @ w[:, large].T + s_x * s_w.T * (q_x @ q_w.T)
+    ...     q_x = np.rint(x[:, ~large] / s_x)
+    ...     return x[:, large] @ (s_w * q_w)[:, large].T + s_x * s_w.T * (q_x @ q_w[:, ~large].T)
     >>> check_decompose(decompose)
     ✓ Right, on the tiny case and on a real layer.
     """
 
-    def right(x, w, threshold, *, large=None, everywhere=False, integers=True, floats=True, w_scale=1):
+    def right(x, w, threshold, *, large=None, everywhere=False, parts=(1, 1), w_scale="output", w_float=False):
         if large is None:
             large = (np.abs(x) >= threshold).any(axis=0)
-        s_x, s_w = (np.abs(m if everywhere else m[:, ~large]).max(axis=1, keepdims=True) / 127 for m in (x, w))
+        s_x = np.abs(x if everywhere else x[:, ~large]).max(axis=1, keepdims=True) / 127
+        s_w = np.abs(w[:, ~large] if w_scale == "rest" else w).max(axis=1, keepdims=True) / 127
         if w_scale == "tensor":
             s_w = np.full_like(s_w, s_w.max())
-        sums = np.rint(x[:, ~large] / s_x) @ np.rint(w[:, ~large] / s_w).T
-        return floats * (x[:, large] @ w[:, large].T) + integers * s_x * s_w.T * sums
+        q_w = np.rint(w / s_w)
+        in_float = x[:, large] @ (w if w_float else s_w * q_w)[:, large].T
+        return parts[0] * in_float + parts[1] * s_x * s_w.T * (np.rint(x[:, ~large] / s_x) @ q_w[:, ~large].T)
 
     def per_element(x, w, threshold):
         large = np.abs(x) >= threshold
         none = np.zeros(x.shape[1], bool)
-        return np.where(large, x, 0) @ w.T + right(np.where(large, 0, x), w, threshold, large=none)
+        s_w = np.abs(w).max(axis=1, keepdims=True) / 127
+        return np.where(large, x, 0) @ (s_w * np.rint(w / s_w)).T + right(
+            np.where(large, 0, x), w, threshold, large=none)
 
     misconceptions = [
         (lambda x, w, threshold: x @ w.T,
-         "This is the product in float. Quantize the channels that stay below the threshold."),
+         "This is the product in float. Quantize the weights, and the channels that stay below the threshold."),
         (lambda x, w, threshold: right(x, w, threshold, large=np.zeros(x.shape[1], bool)),
          "Everything went through the integers, the outliers too. Their channels stay in float."),
-        (lambda x, w, threshold: right(x, w, threshold, floats=False),
-         "The outlier channels are lost. Add their product in float: x[:, large] @ w[:, large].T."),
-        (lambda x, w, threshold: right(x, w, threshold, integers=False),
+        (lambda x, w, threshold: right(x, w, threshold, parts=(0, 1)),
+         "The outlier channels are lost. Add their product in float, with the weights dequantized."),
+        (lambda x, w, threshold: right(x, w, threshold, parts=(1, 0)),
          "This is the float part alone. Add the product of the other channels, computed with integers."),
         (lambda x, w, threshold: right(x, w, threshold, everywhere=True),
-         "The scales were taken from all channels, so that the outliers still set the step. Take them from the "
+         "The scales of x were taken from all channels, so that the outliers still set the step. Take them from the "
          "channels that remain."),
+        (lambda x, w, threshold: right(x, w, threshold, w_scale="rest", w_float=True),
+         "The weights were quantized without the outlier columns. They are stored before any x is seen, when nobody "
+         "knows which columns those will be: one scale for each whole row, and dequantized weights in the float part."),
+        (lambda x, w, threshold: right(x, w, threshold, w_scale="rest"),
+         "The scales of w were taken without the outlier columns. They are stored before any x is seen, when nobody "
+         "knows which columns those will be: take whole rows."),
+        (lambda x, w, threshold: right(x, w, threshold, w_float=True),
+         "The float part uses the weights as they were. A kernel has only their codes and scales: dequantize them."),
         (lambda x, w, threshold: right(x, w, threshold, w_scale="tensor"),
          "One scale for all of w here. Each output, a row of w, has its own."),
         (lambda x, w, threshold: right(x, w, threshold, large=(np.abs(x) >= threshold).all(axis=0)),

@@ -21,7 +21,7 @@ from qlab.affine import (
     real_array,
     zero_point_params,
 )
-from qlab.explorers.parts import bits_slider, paths, ratio_db
+from qlab.explorers.parts import bits_slider, own_data, paths, ratio_db
 from qlab.live import BLACK, BLUE, GREEN, GREY, ORANGE, VERMILION, Explorer, FloatSlider, Handle, new_figure
 
 SEVEN = (5.47, 3.08, -7.59, 0, -1.95, -4.57, 10.8)  # the lecture notes' numbers
@@ -82,6 +82,7 @@ class Mapping:
     mse: float
     sqnr_db: float
     clipped: int
+    chosen: float | None  # the value whose line is told
 
 
 def mapping(x=SEVEN, bits=8):
@@ -94,7 +95,7 @@ def mapping(x=SEVEN, bits=8):
 
     Parameters
     ----------
-    x : float array
+    x : float array, or the path of a ``.npy`` file
         Up to a million values. The error is that of all of them; of more than 40 above and 500 below, order statistics
         are drawn.
     bits : int, 2 to 8
@@ -106,7 +107,8 @@ def mapping(x=SEVEN, bits=8):
         Controls ``data`` (numbers as text), ``scheme`` ("absmax", "zero-point" or "α, β"), ``bits``, ``alpha`` and
         ``beta`` (the range in use, in units of the data; moving one switches to "α, β", and it stops a step before the
         other) and ``narrow`` (leave out the lowest code, as absmax always does). New data sets new limits for
-        ``alpha`` and ``beta``: set it first.
+        ``alpha`` and ``beta``: set it first. ``value`` chooses one, counted from 1, whose whole way from x / s to x̂
+        then stands under the picture, as ``line`` in the numbers (0: none); the pointer tells the same of any.
         ``clipped`` counts the values that lie more than half a step outside of the levels. Chips: data worth a look.
 
     Raises
@@ -129,31 +131,34 @@ def mapping(x=SEVEN, bits=8):
     >>> explorer.readout["zero_point"], round(explorer.readout["mse"], 6)
     (-23, 0.000272)
     """
-    given = _values(x)
+    given = _values(own_data(x, "x"))
     name = ", ".join(f"{v:.6g}" for v in given.x) if given.x.size <= _MOST_THREADS else f"{given.x.size:,} values"
     values_of = lru_cache(lambda text: given if text == name else _values(_numbers(text)))
 
-    slider = {"readout_format": ".4g", "style": {"description_width": "18px"}, "layout": {"width": "400px"}}
+    wide = {"readout_format": ".4g", "style": {"description_width": "18px"}, "layout": {"width": "400px"}}
     controls = {
         "data": widgets.Text(name, description="data", continuous_update=False, style={"description_width": "34px"},
                              layout={"width": "480px"}),
         "scheme": widgets.ToggleButtons(options=[ABSMAX, ZERO_POINT, FREE], style={"button_width": "96px"}),
         "bits": bits_slider(bits),
-        "alpha": FloatSlider(description="α", **slider, **_limits(given)),
-        "beta": FloatSlider(description="β", **slider, **_limits(given)),
+        "alpha": FloatSlider(description="α", **wide, **_limits(given)),
+        "beta": FloatSlider(description="β", **wide, **_limits(given)),
         "narrow": widgets.Checkbox(False, indent=False, layout={"width": "140px"}, **_narrow(ABSMAX)),
+        "value": widgets.IntSlider(0, description="value", **_choice(given)),
     }
-    controls["bits"].style.description_width, controls["bits"].layout.width = "30px", "190px"
+    for slider in (controls["bits"], controls["value"]):
+        slider.style.description_width, slider.layout.width = "40px", "200px"
     controls["alpha"].value, controls["beta"].value = given.ends(ABSMAX)
 
-    def compute(*, data, **choice):
+    def compute(*, data, value, **choice):
         values = values_of(data)
         params = _grid(values, **choice)
         x, x_hat = values.x, fake_quantize(values.x, params)
         error = float(mse(x, x_hat))
         clipped = int(np.count_nonzero(_is_clipped((x - x_hat) / params.scale)))
         return Mapping(values, controls["alpha"].max, choice["alpha"], choice["beta"], params, error,
-                       float(ratio_db(np.mean(np.square(x, dtype=np.float64)), error)), clipped)
+                       float(ratio_db(np.mean(np.square(x, dtype=np.float64)), error)), clipped,
+                       x[value - 1] if value else None)
 
     def read(result):
         params, x = result.params, result.values.x
@@ -168,6 +173,8 @@ def mapping(x=SEVEN, bits=8):
         }
         if x.size <= _MOST_CODES_LISTED:
             numbers["codes"] = " ".join(map(str, quantize(x, params).tolist()))
+        if result.chosen is not None:
+            numbers["line"] = " → ".join(_line(result.chosen, params))
         return numbers
 
     understood = {"data": name}  # the last text that was numbers
@@ -192,7 +199,9 @@ def mapping(x=SEVEN, bits=8):
                 "scheme": FREE, "narrow": _narrow(FREE), name: _apart(name, state, limits)}
         if name == "data":
             known = scheme == FREE and controls["alpha"].max == limits["max"]
-            return {} if known else {end: {**limits, "value": value} for end, value in ends.items()}
+            choice = _choice(values)
+            moved = {"value": {**choice, "value": min(state["value"], choice["max"])}}
+            return moved if known else moved | {end: {**limits, "value": value} for end, value in ends.items()}
         stays = scheme == FREE and (values.low < values.high or state["alpha"] < state["beta"])
         return {"narrow": _narrow(scheme)} | ({} if stays else ends)
 
@@ -210,17 +219,10 @@ def mapping(x=SEVEN, bits=8):
     def move_end(name):
         return lambda x, y, start: {} if x == start.x else {name: x}  # a mere click does not leave the scheme
 
-    def arrange(controls, chips):
-        row = {"flex_flow": "row wrap", "align_items": "center"}
-        rows = [("data",), ("scheme", "bits", "narrow"), ("alpha", "beta")]
-        parts = [[controls[name] for name in names] for names in rows]
-        parts[0] += chips.values()
-        return widgets.VBox([widgets.HBox(part, layout=row) for part in parts])
-
     figure, artists = _mapping_figure()
     return Explorer(
-        figure, controls, compute, partial(_draw_mapping, artists), read, couple=couple, arrange=arrange,
-        hover=_value_under,
+        figure, controls, compute, partial(_draw_mapping, artists), read, couple=couple,
+        arrange=_arrange_mapping, hover=_value_under,
         handles=[
             Handle("a value", artists.above, values_in_reach, move_value),
             Handle("α", artists.below, lambda result: (result.alpha, None), move_end("alpha")),
@@ -234,6 +236,14 @@ def mapping(x=SEVEN, bits=8):
         "each value to its code, dashed where it is clipped. Below: the error of each value in steps of the grid; "
         "triangles mark clipped values, with their error in numbers; dashed lines are α and β.",
     )
+
+
+def _arrange_mapping(controls, chips):
+    row = {"flex_flow": "row wrap", "align_items": "center"}
+    rows = [("data",), ("scheme", "bits", "narrow", "value"), ("alpha", "beta")]
+    parts = [[controls[name] for name in names] for names in rows]
+    parts[0] += chips.values()
+    return widgets.VBox([widgets.HBox(part, layout=row) for part in parts])
 
 
 def _numbers(text):
@@ -270,17 +280,30 @@ def _limits(values):
     return {"min": -limit, "max": limit, "step": float(step)}
 
 
+def _choice(values):
+    """The slider that chooses a value: of so many that each has its thread."""
+    few = values.x.size <= _MOST_THREADS
+    return {"max": values.x.size if few else 0, "disabled": not few}
+
+
+def _line(value, params):
+    """Each step of a value's way to its level, and the error, in words."""
+    rounded = float(np.rint(value / params.scale))
+    z, code = int(params.zero_point), int(quantize(value, params))
+    x_hat = float(dequantize(code, params))
+    words = (f"x = {value:.6g}", f"x / s = {value / params.scale:.6g}", f"round {rounded:.15g}",
+             f"+ z = {rounded + z:.15g}", f"clip: q = {code}", f"x̂ = {x_hat:.6g}",
+             f"x − x̂ = {(value - x_hat) / params.scale:+.3g} steps")
+    return [word.replace("-", "−") for word in words]
+
+
 def _value_under(axes, x, y, result):
     points, params = result.values.points, result.params
     value = points[np.abs(points - x).argmin()]
     on_the_codes = axes.get_ylim()[1] == 1 and y < _LEVEL
     if on_the_codes or abs(value - x) > 0.02 * result.limit:
         return ""
-    code = int(quantize(value, params))
-    x_hat = float(dequantize(code, params))
-    text = (f"x = {value:.6g}\ncode q = {code}, level x̂ = {x_hat:.6g}\n"
-            f"x − x̂ = {(value - x_hat) / params.scale:+.3g} steps")
-    return text.replace("-", "−")
+    return "\n".join(_line(value, params))
 
 
 def _apart(name, state, limits):
@@ -326,6 +349,8 @@ def _mapping_figure():
         threads = above.plot([], [], color=BLUE, lw=1.6, **moving)[0]
         cut = above.plot([], [], color=VERMILION, lw=2, ls=(0, (3, 2)), **moving)[0]
         dots = above.plot([], [], "o", color=BLACK, ms=8, clip_on=False, zorder=5, **moving)[0]
+        chosen = above.plot([], [], "o", mfc="none", mec=ORANGE, mew=3, ms=15, clip_on=False, in_layout=False,
+                            **moving)[0]
         landed = above.plot([], [], "s", color=BLACK, ms=6, clip_on=False, **moving)[0]
         zero = above.plot([], [], "D:", color=GREEN, ms=9, markevery=[2], clip_on=False, **moving)[0]
         label = {"va": "top", "fontsize": 13, "animated": True}
@@ -353,7 +378,7 @@ def _mapping_figure():
     return figure, SimpleNamespace(
         above=above, levels=levels, threads=threads, cut=cut, dots=dots, landed=landed, zero=zero, codes=codes,
         zero_code=zero_code, sawtooth=sawtooth, stems=stems, errors=errors, over=over, under=under, off=off,
-        ends=ends, names=names, drawn=drawn, below=below, shown=None,
+        ends=ends, names=names, drawn=drawn, below=below, shown=None, chosen=chosen,
     )
 
 
@@ -366,6 +391,7 @@ def _draw_mapping(artists, result):
         few, many = values.threads.size, values.points.size
         artists.drawn.set_text(f"drawn of {count:,}: {few} above, {many} below" if count else "")
     artists.dots.set_data(values.threads, np.ones(values.threads.size))
+    artists.chosen.set_data([[], []] if result.chosen is None else [[result.chosen], [1]])
     artists.ends.set_data(*paths([[result.alpha, result.beta]] * 2, [0, 1]))
     for text, end in zip(artists.names, (result.alpha, result.beta), strict=True):
         text.set_x(end)
@@ -458,7 +484,7 @@ def granularity(w, bits=4):
 
     Parameters
     ----------
-    w : float array, shape (output channels, input channels)
+    w : float array, shape (output channels, input channels), or the path of a ``.npy`` file
     bits : int, 2 to 8
         To start with.
 
@@ -487,7 +513,7 @@ def granularity(w, bits=4):
     >>> explorer.readout["scales"], explorer.readout["bits_per_weight"]
     (2, 4.25)
     """
-    w = np.asarray(real_array(w, "w"))
+    w = np.asarray(real_array(own_data(w, "w"), "w"))
     if w.ndim != 2:
         raise ValueError(f"w must have two dimensions (output channels, input channels), got shape {w.shape}")
     row_peaks = np.abs(w).max(axis=1)

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from qlab import calibration
 from qlab.affine import ErrorSplit, QParams, dequantize, range_params
-from qlab.explorers.parts import bits_slider, ratio_db
+from qlab.explorers.parts import bits_slider, own_data, ratio_db
 from qlab.live import (
     BLACK,
     BLUE,
@@ -71,7 +71,7 @@ def clipping(x, bits=4):
 
     Parameters
     ----------
-    x : float array or ErrorProfile
+    x : float array, ErrorProfile, or the path of a ``.npy`` file
         Any size: a step costs the same for a thousand values and for ten million.
     bits : int, 2 to 8
         To start with.
@@ -95,7 +95,7 @@ def clipping(x, bits=4):
     >>> print(f"{explorer.readout['mse']:.4f}")
     0.0127
     """
-    profile = calibration.as_profile(x)
+    profile = calibration.as_profile(own_data(x, "x"))
     reach = max(-profile.min, profile.max)
     if reach == 0:
         raise ValueError("x must hold a value other than 0, got only zeros")

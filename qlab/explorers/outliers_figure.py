@@ -28,9 +28,10 @@ from qlab.live import (
     Handle,
     new_figure,
 )
-from qlab.outliers import GRANULARITIES
+from qlab.outliers import GRANULARITIES, fp8
 
 KEEP, CLIP, ZERO, FLOAT = "keep", "clip", "zero", "in float"
+INTEGER, FP8 = "integer", "FP8 E4M3"
 _LEAST, _MOST = 0.03, 300.0  # percent: ends of the axis of the output error
 _MOST_COLUMNS = 800  # of the heat map
 _MOST_RIDGES = 200  # of the surface
@@ -40,6 +41,9 @@ _WHITE, _IN_FLOAT = np.uint8([255, 255, 255, 255]), np.uint8([230, 159, 0, 255])
 
 def landscape(places=None):
     """Look at activations as a surface over tokens and channels: the picture of the papers on outliers.
+
+    On a logarithmic axis, unlike theirs: beside a massive activation, all else would be flat. Only what lies below
+    three times the median is.
 
     Parameters
     ----------
@@ -72,11 +76,14 @@ def landscape(places=None):
     def compute(*, place):
         x = places[place][0].abs()
         tokens, channels = (np.arange(0, length, -(-length // _MOST_RIDGES)) for length in x.shape)
+        largest, median = x.max().item(), x.median().item()
+        floor = max(min(3 * median, largest / 10), 1e-6 * largest)
         heights = np.maximum.reduceat(np.maximum.reduceat(x.numpy(), tokens, axis=0), channels, axis=1)
+        heights = np.log10(np.maximum(heights, floor))
         token, channel = divmod(int(x.argmax()), x.shape[1])
         return SimpleNamespace(x=x, tokens=[*tokens, x.shape[0]], channels=[*channels, x.shape[1]],
                                heights=np.pad(heights, (0, 1), "edge"),  # a surface even of a single row
-                               largest=x.max().item(), median=x.median().item(), token=token, channel=channel)
+                               floor=np.log10(floor), largest=largest, median=median, token=token, channel=channel)
 
     def read(result):
         return {"largest": result.largest, "at_token": result.token, "at_channel": result.channel,
@@ -84,7 +91,7 @@ def landscape(places=None):
 
     with new_figure(height=480) as figure:
         axes = figure.add_subplot(projection="3d", computed_zorder=False)
-        axes.set(xlabel="\nchannel", ylabel="\ntoken", zlabel="|x|")
+        axes.set(xlabel="\nchannel", ylabel="\ntoken", zlabel="\n|x|, log")
         axes.view_init(elev=28, azim=-60)
         axes.set_box_aspect((2.4, 1.1, 0.9), zoom=1.35)
         figure.add_axes((0, 0, 1, 1)).set_axis_off()  # for the pointer: the surface reaches beyond its own axes
@@ -97,7 +104,13 @@ def landscape(places=None):
         grid = np.meshgrid(result.channels, result.tokens)
         surfaces[:] = [axes.plot_surface(*grid, result.heights, cmap="viridis", rstride=1, cstride=1, linewidth=0,
                                          antialiased=False, clip_on=False)]
-        axes.set(xlim=(0, result.channels[-1]), ylim=(0, result.tokens[-1]), zlim=(0, 1.05 * result.largest))
+        top = np.log10(1.05 * result.largest)
+        decades = np.arange(np.ceil(result.floor), top)
+        steps = np.log10([1, 2, 5]) if top - result.floor < 2 else np.zeros(1)
+        ticks = [tick for tick in np.add.outer(np.append(np.floor(result.floor), decades), steps).ravel()
+                 if result.floor <= tick <= top]
+        axes.set(xlim=(0, result.channels[-1]), ylim=(0, result.tokens[-1]), zlim=(result.floor, top))
+        axes.set_zticks(ticks, [f"{10**tick:.4g}" for tick in ticks])
 
     def hover(over, x, y, result):
         if not (found := _vertex_at(axes, over.transData.transform((x, y)), result)):
@@ -110,8 +123,9 @@ def landscape(places=None):
     return Explorer(
         figure, {"place": place_control(places)}, compute, draw, read, hover=hover,
         title="Activations as a surface",
-        description="The magnitude of each activation as a height over tokens and channels. An outlier channel is a "
-        "ridge that runs along all tokens; a massive activation is a single needle.",
+        description="The magnitude of each activation as a height over tokens and channels, on a logarithmic axis. An "
+        "outlier channel is a ridge that runs along all tokens; a massive activation is a single needle.",
+        parts={"surface": figure.axes},
     )
 
 
@@ -119,7 +133,7 @@ def _vertex_at(axes, here, result):
     """Token and channel of what stands in front at a pixel, each part as a bar as high as the surface; or None."""
     columns, rows = (grid.ravel() for grid in np.meshgrid(result.channels[:-1], result.tokens[:-1]))
     heights = result.heights[:-1, :-1].ravel()
-    *bases, _ = proj3d.proj_transform(columns, rows, 0 * heights, axes.get_proj())
+    *bases, _ = proj3d.proj_transform(columns, rows, np.full_like(heights, result.floor), axes.get_proj())
     *tops, depth = proj3d.proj_transform(columns, rows, heights, axes.get_proj())
     bases, tops = (axes.transData.transform(np.column_stack(ends)) for ends in (bases, tops))
     along = tops - bases
@@ -140,11 +154,13 @@ class Outliers:
 
     place: tuple
     granularity: str
-    bits: int
+    number_format: str
+    most_codes: int  # the largest |q − z|, or the number of positive values of FP8
     threshold: float | None
-    codes: np.ndarray  # |q − z| as a share of the largest, tokens × channels; 0 means that nothing is left
+    codes: np.ndarray  # as a share of ``most_codes``, tokens × channels; 0 means that nothing is left
     in_float: np.ndarray  # bool for each channel
-    half_steps: tuple  # of each channel, least and most over the tokens; NaN where nothing but 0 is quantized
+    apart: bool  # token 0 stays in float
+    half_steps: tuple  # at 0, of each channel, least and most over the tokens; NaN where nothing but 0 is quantized
     sqnr_db: float
     output_error: dict  # granularity: ‖(x − x̂) Wᵀ‖ / ‖x Wᵀ‖ of each token in percent, mean and largest
     to_zero: float  # share of the other values that become 0
@@ -154,9 +170,9 @@ class Outliers:
 def outliers(places=None, bits=8):
     """Explore what a few large activations do to all others, and what can be done with them.
 
-    Above, the integer codes of every activation, tokens × channels: white is code 0 (x̂ = 0), orange stays in float.
-    Below, the largest and the typical |x| of each channel, and half a step of its grid: what lies below becomes 0.
-    Right, how wrong the layer's output is, for each granularity. The line of the threshold can be dragged.
+    Above, the code of every activation, tokens × channels: white is code 0 (x̂ = 0), orange stays in float. Below, the
+    largest and the typical |x| of each channel, and half a step of its grid at 0: what lies below becomes 0. Right, how
+    wrong the layer's output is, for each granularity. The line of the threshold can be dragged.
 
     Parameters
     ----------
@@ -170,8 +186,10 @@ def outliers(places=None, bits=8):
     -------
     Explorer
         Controls ``place``, ``granularity`` ("tensor", "token", "channel" or "group" of 64 channels of a token),
-        ``bits``, ``treatment`` of what reaches the threshold ("keep", "clip" it to the threshold, "zero" it, or leave
-        its channel "in float", as LLM.int8() does) and ``threshold``, in units of x. The weights stay in float.
+        ``number_format`` ("integer" or "FP8 E4M3"), ``bits`` of the integers, ``treatment`` of what reaches the
+        threshold ("keep", "clip" it to the threshold, "zero" it, or leave its channel "in float", as LLM.int8() does),
+        ``threshold``, in units of x, and ``without_token_0``, which goes ahead in float, so that neither the scales nor
+        the errors know of it. The weights stay in float.
 
     Raises
     ------
@@ -194,40 +212,44 @@ def outliers(places=None, bits=8):
     outputs = {place: x @ w.T for place, (x, w) in places.items()}
 
     def treated(x, treatment, threshold):
-        """What goes to the quantizer, what is done to it afterwards, and where the treatment acts."""
+        """What goes to the quantizer, and where the treatment acts."""
         large = x.abs() >= threshold
         if treatment == CLIP:
-            return x.clamp(-threshold, threshold), lambda x_hat: x_hat, large
+            return x.clamp(-threshold, threshold), large
         if treatment == ZERO:
-            return x.masked_fill(large, 0), lambda x_hat: x_hat, large
+            return x.masked_fill(large, 0), large
         if treatment == FLOAT:
             columns = large.any(0).expand_as(x)
-            return x.masked_fill(columns, 0), lambda x_hat: torch.where(columns, x, x_hat), columns
-        return x, lambda x_hat: x_hat, torch.zeros_like(large)
+            return x.masked_fill(columns, 0), columns
+        return x, torch.zeros_like(large)
 
-    def compute(*, place, granularity, bits, treatment, threshold):
+    def compute(*, place, granularity, number_format, bits, treatment, threshold, without_token_0):
         (x, w), output = places[place], outputs[place]
-        small, finish, touched = treated(x, treatment, threshold)
+        small, touched = treated(x, treatment, threshold)
+        ahead = torch.zeros_like(touched)
+        ahead[0] = without_token_0
+        in_float = ahead | touched if treatment == FLOAT else ahead
+        small, touched = small.masked_fill(ahead, 0), touched | ahead
+        counted = output.any(1) & ~ahead[:, 0]
         error = {}
         for each in GRANULARITIES:
-            each_params = place_params(small, each, bits)
-            x_hat = finish(fake_quantize(small, each_params))
-            of_tokens = (100 * (x_hat @ w.T - output).norm(dim=1) / output.norm(dim=1))[output.any(1)]
-            error[each] = of_tokens.mean().item(), of_tokens.max().item()
+            quantized, finest = _quantized(small, each, number_format, bits)
+            x_hat = torch.where(in_float, x, quantized)
+            of_tokens = (100 * (x_hat @ w.T - output).norm(dim=1) / output.norm(dim=1))[counted]
+            error[each] = (of_tokens.mean().item(), of_tokens.max().item()) if counted.any() else (0.0, 0.0)
             if each == granularity:
-                params, chosen = each_params, x_hat
-        steps = params.scale.expand(1, 1) if granularity == "tensor" else (
-            params.scale[:, None] if granularity == "token" else params.scale[None] if granularity == "channel"
-            else params.scale.repeat_interleave(group_size(x), 1))
-        steps = steps.expand_as(x)
-        half = [torch.where(small.any(0), ends / 2, torch.nan).numpy() for ends in (steps.amin(0), steps.amax(0))]
-        in_float = touched.all(0) if treatment == FLOAT else torch.zeros(x.shape[1], dtype=torch.bool)
+                chosen, codes, steps = x_hat, _codes(quantized, finest, number_format), finest.expand_as(x)
+        rows = slice(1 if without_token_0 and len(x) > 1 else 0, None)
+        half = [torch.where(small.any(0), ends / 2, torch.nan).numpy()
+                for ends in (steps[rows].amin(0), steps[rows].amax(0))]
+        columns = in_float.all(0) if treatment == FLOAT else torch.zeros(x.shape[1], dtype=torch.bool)
         ordinary = (x != 0) & ~touched
+        most = 126 if number_format == FP8 else 2**bits - 1
         return Outliers(
-            place, granularity, bits, None if treatment == KEEP else threshold,
-            codes=((chosen / steps).abs() / (2**bits - 1)).numpy(), in_float=in_float.numpy(),
-            half_steps=tuple(half), sqnr_db=float(sqnr_db(x, chosen)), output_error=error,
-            to_zero=float((chosen[ordinary] == 0).double().mean()) if ordinary.any() else 0.0,
+            place, granularity, number_format, most, None if treatment == KEEP else threshold,
+            codes=(codes / most).numpy(), in_float=columns.numpy(), apart=without_token_0,
+            half_steps=tuple(half), sqnr_db=float(sqnr_db(x[~ahead], chosen[~ahead])) if not ahead.all() else np.inf,
+            output_error=error, to_zero=float((chosen[ordinary] == 0).double().mean()) if ordinary.any() else 0.0,
             touched=float(touched.double().mean()),
         )
 
@@ -238,21 +260,25 @@ def outliers(places=None, bits=8):
             "sqnr_db": result.sqnr_db,
             "others_to_zero_percent": 100 * result.to_zero,
             "treated_percent": 100 * result.touched,
-            "integer_product": "no: a scale inside the sum" if result.granularity == "channel" else
-            "in parts: one sum per group" if result.granularity == "group" else "yes",
+            "scale_leaves_the_sum": {"channel": "no", "group": "of each group's part"}.get(result.granularity, "yes"),
         }
 
     controls = {
         "place": place_control(places),
         "granularity": widgets.ToggleButtons(options=list(GRANULARITIES), style={"button_width": "72px"}),
+        "number_format": widgets.ToggleButtons(options=[INTEGER, FP8], style={"button_width": "90px"}),
         "bits": bits_slider(bits),
         "treatment": widgets.ToggleButtons(options=[KEEP, CLIP, ZERO, FLOAT], style={"button_width": "72px"}),
         "threshold": FloatLogSlider(6, base=2, min=-2, max=12, step=0.125, description="at |x| ≥", disabled=True,
                                     readout_format=".2f", layout={"width": "370px"},
                                     style={"description_width": "60px"}),
+        "without_token_0": widgets.Checkbox(False, description="without token 0", indent=False,
+                                            layout={"width": "150px"}),
     }
 
     def couple(name, state):
+        if name == "number_format":
+            return {"bits": {"disabled": state["number_format"] == FP8}}
         return {"threshold": {"disabled": state["treatment"] == KEEP}} if name == "treatment" else {}
 
     def at_threshold(result):
@@ -265,11 +291,33 @@ def outliers(places=None, bits=8):
         hover=partial(_under_the_pointer, places), main=("output_error_percent", "%"),
         ghost=[artists.threshold, artists.least, artists.most, *artists.lines],
         title="Outliers in the activations of a language model",
-        description="Above, a heat map of the integer codes, tokens against channels; white cells hold code 0, orange "
-        "columns, marked by triangles, stay in float. Below, the largest and the typical magnitude of each channel on "
-        "a logarithmic axis, with half a step of its grid: smaller values become 0. Right, bars with the error of the "
-        "layer's output for one scale per tensor, token, channel and group.",
+        description="Above, a heat map of the codes, tokens against channels; white cells hold code 0, orange columns, "
+        "marked by triangles, stay in float, and so does an orange token 0. Below, the largest and the typical "
+        "magnitude of each channel on a logarithmic axis, with half a step of its grid at 0: smaller values become 0. "
+        "Right, bars with the error of the layer's output for one scale per tensor, token, channel and group.",
+        parts={"errors": [*artists.lines, artists.worst, *artists.texts], "codes": [artists.image],
+               "half a step": [artists.least, artists.most]},
     )
+
+
+def _quantized(x, granularity, number_format, bits):
+    """x̂, and the step of each value at 0, which broadcasts."""
+    if number_format == FP8:
+        x_hat, scale = fp8(x, granularity, group_size=group_size(x))
+        return x_hat, scale * 2.0**-9  # its smallest number above 0
+    params = place_params(x, granularity, bits)
+    scale = {"tensor": lambda s: s.expand(1, 1), "token": lambda s: s[:, None], "channel": lambda s: s[None],
+             "group": lambda s: s.repeat_interleave(group_size(x), 1)}[granularity](params.scale)
+    return fake_quantize(x, params), scale
+
+
+def _codes(x_hat, steps, number_format):
+    """How many numbers of the grid lie from 0 to each value."""
+    codes = (x_hat / steps).abs().round()
+    if number_format == FP8:  # up to 16 one by one, then every second, then every fourth, …: 8 in each power of two
+        halvings = (torch.frexp(codes).exponent - 4).clamp(min=0)
+        return codes / 2.0**halvings + 8 * halvings
+    return codes
 
 
 def _under_the_pointer(places, axes, x, y, result):
@@ -282,13 +330,13 @@ def _under_the_pointer(places, axes, x, y, result):
     if axes is heat:
         token = int(np.clip(y, 0, len(sizes) - 1))
         channel = channel_at(axes, x, sizes[token])
-        code = f"|q − z| = {round(float(result.codes[token, channel]) * (2**result.bits - 1))}"
-        return (f"channel {channel}, token {token}\n|x| = {sizes[token, channel]:.4g}, "
-                f"{'in float' if result.in_float[channel] else code}")
+        code = f"code {round(float(result.codes[token, channel]) * result.most_codes)} of {result.most_codes}"
+        code = "in float" if result.in_float[channel] or (result.apart and token == 0) else code
+        return f"channel {channel}, token {token}\n|x| = {sizes[token, channel]:.4g}, {code}"
     channel = channel_at(axes, x, sizes.max(0))
     least, most = (half[channel] for half in result.half_steps)
     half = f"{least:.3g}" if least == most else f"{least:.3g} to {most:.3g}"
-    grid = "in float" if result.in_float[channel] else f"half a step: {half}" if most > 0 else "nothing but 0"
+    grid = "in float" if result.in_float[channel] else f"half a step at 0: {half}" if most > 0 else "nothing but 0"
     column = sizes[:, channel]
     return f"channel {channel}\nlargest |x|: {column.max():.4g}, median {np.median(column):.3g}\n{grid}"
 
@@ -297,14 +345,14 @@ def _outliers_figure():
     with new_figure(height=480) as figure:
         axes = figure.subplot_mosaic("AC;BC", height_ratios=[1, 1.15], width_ratios=[2.7, 1])
         heat, profile, bars = axes["A"], axes["B"], axes["C"]
-        heat.set(ylabel="token", title="integer codes |q − z| (white: 0, ▼: in float)", xticks=[])
+        heat.set(ylabel="token", title="codes |q − z| (white: 0, orange: in float)", xticks=[])
         image = heat.imshow(np.zeros((1, 1, 4), np.uint8), aspect="auto", interpolation="nearest", animated=True)
         in_float = heat.plot([], [], "v", ms=7, color=BLACK, clip_on=False, transform=heat.get_xaxis_transform(),
                              scalex=False, scaley=False, in_layout=False, animated=True)[0]
         profile.set(xlabel="channel", ylabel="|x|", yscale="log")
         peaks = profile.plot([], [], color=GREY, lw=1, label="largest in channel")[0]
         typical = profile.plot([], [], ".", ms=3, color=BLACK, label="typical (median)")[0]
-        least = profile.plot([], [], color=BLUE, lw=1.6, animated=True, label="half a step", **ON_GREY)[0]
+        least = profile.plot([], [], color=BLUE, lw=1.6, animated=True, label="half a step at 0", **ON_GREY)[0]
         most = profile.plot([], [], color=BLUE, lw=1.6, animated=True, **ON_GREY)[0]
         threshold = profile.axhline(1, color=ORANGE, ls="--", animated=True, label="threshold")
         profile.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False, handlelength=1.2,
@@ -366,4 +414,6 @@ def _heat_map(result):
     colors = _CODES[np.clip(255 * shade, 0, 255).astype(np.uint8)]
     colors[codes == 0] = _WHITE
     colors[:, in_float] = _IN_FLOAT
+    if result.apart:
+        colors[0] = _IN_FLOAT
     return colors

@@ -1,5 +1,7 @@
 """What the figures of several lessons share."""
 
+from pathlib import Path
+
 import numpy as np
 
 from qlab.affine import check_integer
@@ -10,6 +12,17 @@ def bits_slider(bits):
     """A slider over 2 to 8 bits."""
     bits = check_integer(bits, "bits", 2, 8)
     return IntSlider(bits, min=2, max=8, description="bits", layout={"width": "300px"})
+
+
+def own_data(x, name):
+    """The array in a ``.npy`` file, if ``x`` is the path of one; anything else as it is."""
+    if not isinstance(x, (str, Path)):
+        return x
+    try:
+        return np.load(x, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        text = f"{name} must be an array or the path of a .npy file with one, got {str(x)!r}: {error}"
+        raise ValueError(text) from None
 
 
 def paths(xs, ys):

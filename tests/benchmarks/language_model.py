@@ -54,7 +54,7 @@ def leave(process):
 
 def memory():
     """For each stage of a learner's process: private, proportional and peak bytes, while another holds the model."""
-    first, _ = learner()
+    first, _ = learner(OPEN)
     second, stages = learner()
     leave(second)
     leave(first)

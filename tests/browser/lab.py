@@ -12,10 +12,13 @@ import time
 import urllib.request
 from pathlib import Path
 
+import nbformat
 from axe_playwright_python.sync_playwright import Axe
+from nbformat.v4 import new_code_cell, new_notebook
 from playwright.sync_api import sync_playwright
 
 TOKEN = "qlab"
+POLLING = 50  # ms: a look in every frame takes the time of what is waited for
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 CHROMIUM_FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -33,6 +36,15 @@ SETTINGS = {
     "@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"},
     "@jupyterlab/docmanager-extension:plugin": {"autosave": False},
 }
+LATE = """(() => { const Real = WebSocket; window.late = 0;
+  const later = act => window.late ? setTimeout(act, window.late) : act();
+  window.WebSocket = class extends Real {
+    send(data) { later(() => super.send(data)); }
+    set onmessage(handler) { super.onmessage = handler && (event => later(() => handler(event))); } }; })()"""
+OPEN = """async path => { const {shell, commands} = jupyterapp, before = shell.currentWidget;
+  await commands.execute('docmanager:open', {path, factory: 'Notebook'});
+  await before.sessionContext.shutdown();
+  before.dispose(); }"""
 KERNEL_READY = """() => { const panel = window.jupyterapp?.shell.currentWidget;
   return !!(panel?.context?.isReady && panel.sessionContext?.session?.kernel?.status === 'idle'); }"""
 ALL_RUN = """() => { const panel = jupyterapp.shell.currentWidget;
@@ -50,7 +62,39 @@ NOT_OURS = (  # rules of axe-core on what no notebook decides
 HARMLESS = (  # messages of JupyterLab itself that have nothing to do with a figure
     "favicon.ico",
 )
-LESSON = {"include": [[".jp-Notebook .jp-Cell-outputArea"], [".jp-Notebook .jp-MarkdownOutput"]]}
+OUTPUTS = [".jp-Notebook .jp-Cell-outputArea"]
+
+
+class Desk:
+    """A page with JupyterLab: one notebook after the other is opened in it, as a learner does.
+
+    ``window.late`` delays its messages to the kernel and back by so many milliseconds.
+    """
+
+    def __init__(self, page, address, folder):
+        self.page, self.address, self.folder = page, address, folder
+        page.set_default_timeout(30_000)
+        page.add_init_script(LATE)
+
+    def open(self, name, notebook=None):
+        """Open ``name``, once ``notebook`` is written there; the one before is closed, and its kernel."""
+        if notebook is not None:
+            nbformat.write(notebook, self.folder / name)
+        if self.page.url.startswith(self.address):
+            set_theme(self.page, "Light")
+            self.page.evaluate(OPEN, name)
+            self.page.wait_for_function(KERNEL_READY, polling=POLLING, timeout=120_000)
+        else:
+            open_notebook(self.page, self.address, name)
+        return self.page
+
+    def show(self, name, *cells):
+        """Open a notebook of these cells, code or other, and run it."""
+        self.open(name, new_notebook(
+            cells=[new_code_cell(cell) if isinstance(cell, str) else cell for cell in cells],
+            metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}}))
+        assert run_all(self.page) == []
+        return self.page
 
 
 def find_chromium():
@@ -103,13 +147,13 @@ def open_notebook(page, address, name):
     """Open ``name`` from the served folder and wait for its kernel."""
     page.goto(f"{address}/doc/workspaces/{Path(name).stem}/tree/{name}?reset&token={TOKEN}",
               wait_until="domcontentloaded")
-    page.wait_for_function(KERNEL_READY, timeout=120_000)
+    page.wait_for_function(KERNEL_READY, polling=POLLING, timeout=120_000)
 
 
 def run_all(page, timeout=400):
     """Run every cell; gives the errors that cells ended with."""
     page.evaluate("() => jupyterapp.commands.execute('notebook:run-all-cells')")
-    page.wait_for_function(ALL_RUN, timeout=timeout * 1000)
+    page.wait_for_function(ALL_RUN, polling=POLLING, timeout=timeout * 1000)
     return page.evaluate(CELL_ERRORS)
 
 
@@ -123,8 +167,8 @@ def set_theme(page, theme):
         page.locator("#jupyterlab-splash").wait_for(state="detached")  # it covers the page, fading, for 0.2 s more
 
 
-def violations(page, rules=None):
-    """What axe-core finds in the outputs and the rendered text of the notebook, if it is serious or critical.
+def violations(page, rules=None, text=".jp-MarkdownOutput"):
+    """What axe-core finds in the outputs and the rendered ``text`` of the notebook, if it is serious or critical.
 
     By all of its rules, or those named in ``rules``. One text for each element: the rule, its HTML, where, and why.
     """
@@ -135,7 +179,7 @@ def violations(page, rules=None):
     try:
         options = {"resultTypes": ["violations"], "rules": {rule: {"enabled": False} for rule in NOT_OURS}}
         options |= {"runOnly": rules} if rules else {}
-        found = Axe().run(page, context=LESSON, options=options).response
+        found = Axe().run(page, context={"include": [OUTPUTS, [f".jp-Notebook {text}"]]}, options=options).response
     finally:
         style.evaluate("style => style.remove()")
         page.set_viewport_size(size)

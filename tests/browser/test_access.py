@@ -3,13 +3,11 @@
 import io
 from itertools import combinations
 
-import nbformat
 import numpy as np
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
-from tests.browser.lab import chromium, jupyterlab, open_notebook, run_all, set_theme, violations
+from tests.browser.lab import set_theme, violations
 from tests.browser.test_browser import Figure  # which skips this module, too, where there is no browser
 
 FIGURES = {  # variable: the code that makes its figure, and what Tab reaches in turn, a slider before its number
@@ -36,20 +34,12 @@ RECTANGLES = """figure => Array.from(figure.querySelectorAll(
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("access")
+def figures(desk):
     imports = "from qlab import samples\nfrom qlab.explorers import clipping, float_bits, mapping, training_run"
-    cells = [imports, *(f"{name} = {code}\n{name}" for name, (code, _) in FIGURES.items())]
-    notebook = new_notebook(cells=[new_code_cell(cell) for cell in cells],
-                            metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
-    nbformat.write(notebook, folder / "access.ipynb")
-    with jupyterlab(folder) as address, chromium(height=1000) as page:
-        page.set_default_timeout(30_000)
-        open_notebook(page, address, "access.ipynb")
-        assert run_all(page) == []
-        outputs = page.locator(".jp-OutputArea-output", has=page.locator("img"))
-        outputs.nth(len(FIGURES) - 1).wait_for()
-        yield {name: Figure(page, outputs.nth(i), name) for i, name in enumerate(FIGURES)}
+    page = desk.show("access.ipynb", imports, *(f"{name} = {code}\n{name}" for name, (code, _) in FIGURES.items()))
+    outputs = page.locator(".jp-OutputArea-output", has=page.locator("img"))
+    outputs.nth(len(FIGURES) - 1).wait_for()
+    return {name: Figure(page, outputs.nth(i), name) for i, name in enumerate(FIGURES)}
 
 
 @pytest.fixture(params=["Light", "Dark"])

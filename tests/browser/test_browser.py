@@ -3,20 +3,10 @@
 import json
 import os
 
-import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook
 
 from qlab import calibration, samples
-from tests.browser.lab import (
-    ask_kernel,
-    chromium,
-    errors_of_the_console,
-    find_chromium,
-    jupyterlab,
-    open_notebook,
-    run_all,
-)
+from tests.browser.lab import ask_kernel, errors_of_the_console, find_chromium
 
 if not find_chromium() and not os.environ.get("CI"):
     pytest.skip("no Chromium: install it, or name it in QLAB_CHROMIUM", allow_module_level=True)
@@ -32,10 +22,13 @@ SLIDERS = [("live", "α", "alpha", "mse"), ("live", "β", "beta", "mse"), ("live
            ("moved", "gain", "gain", "static_sqnr_db"), ("moved", "bits", "bits", "dynamic_sqnr_db"),
            ("mapped", "bits", "bits", "mse"), ("rows", "bits", "bits", "sqnr_db")]
 PIXELS = """image => { if (!image?.complete || !image.naturalWidth) return null;
+  if (image.of === image.src) return image.pixels;  // each picture has an address of its own
   const canvas = document.createElement('canvas'), [w, h] = [image.naturalWidth, image.naturalHeight];
   canvas.width = w; canvas.height = h; const context = canvas.getContext('2d'); context.drawImage(image, 0, 0);
   const words = new Uint32Array(context.getImageData(0, 0, w, h).data.buffer);
-  return [w, h, new Set(words).size, words.reduce((hash, word) => Math.imul(hash ^ word, 16777619), 7)].join(); }"""
+  image.of = image.src;
+  return image.pixels = [w, h, new Set(words).size,
+                         words.reduce((hash, word) => Math.imul(hash ^ word, 16777619), 7)].join(); }"""
 CHANGED = f"([image, before]) => {{ const now = ({PIXELS})(image); return now && now !== before && now; }}"
 NUMBER = """([figure, name]) => { const cell = Array.from(figure.querySelectorAll('.widget-html span'))
   .find(span => span.querySelector('b') && span.firstElementChild.textContent === name);
@@ -103,31 +96,14 @@ class Figure:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    """A server of one small notebook."""
-    if not find_chromium():
-        pytest.fail("no Chromium, and CI must not skip these tests")
-    folder = tmp_path_factory.mktemp("lab")
+def said(desk):
+    return errors_of_the_console(desk.page)
+
+
+@pytest.fixture(scope="module")
+def figures(desk, said):
     imports = "from qlab import samples\nfrom qlab.explorers import clipping, drift, float_bits, granularity, mapping"
-    cells = [imports, *(f"{name} = {code}\n{name}" for name, code in SMALL.items())]
-    notebook = new_notebook(cells=[new_code_cell(cell) for cell in cells],
-                            metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
-    nbformat.write(notebook, folder / "small.ipynb")
-    with jupyterlab(folder) as address, chromium(height=1400) as page:
-        page.set_default_timeout(30_000)
-        yield address, page
-
-
-@pytest.fixture(scope="module")
-def said(lab):
-    return errors_of_the_console(lab[1])
-
-
-@pytest.fixture(scope="module")
-def figures(lab, said):
-    address, page = lab
-    open_notebook(page, address, "small.ipynb")
-    assert run_all(page) == []
+    page = desk.show("small.ipynb", imports, *(f"{name} = {code}\n{name}" for name, code in SMALL.items()))
     outputs = page.locator(".jp-OutputArea-output", has=page.locator("img"))
     outputs.nth(len(SMALL) - 1).wait_for()
     return {name: Figure(page, outputs.nth(i), name) for i, name in enumerate(SMALL)}

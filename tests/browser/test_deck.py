@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from nbconvert import SlidesExporter
 
-from tests.browser.lab import chromium, find_chromium
+from tests.browser.lab import find_chromium
 
 if not find_chromium() and not os.environ.get("CI"):
     pytest.skip("no Chromium: install it, or name it in QLAB_CHROMIUM", allow_module_level=True)
@@ -35,12 +35,12 @@ MEASURE = """() => { document.querySelectorAll('details').forEach(folded => fold
 
 
 @pytest.fixture(scope="module")
-def page():
-    if not find_chromium():
-        pytest.fail("no Chromium, and CI must not skip these tests")
-    with chromium(WIDTH, HEIGHT) as page:
-        page.route("**/*", lambda route: route.abort() if route.request.url.startswith("http") else route.continue_())
-        yield page
+def page(browser):
+    page = browser.new_page()
+    page.set_viewport_size({"width": WIDTH, "height": HEIGHT})
+    page.route("**/*", lambda route: route.abort() if route.request.url.startswith("http") else route.continue_())
+    yield page
+    page.close()
 
 
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)

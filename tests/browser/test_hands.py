@@ -2,11 +2,10 @@
 
 import json
 
-import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbformat.v4 import new_markdown_cell
 
-from tests.browser.lab import ask_kernel, chromium, jupyterlab, open_notebook, run_all
+from tests.browser.lab import ask_kernel
 from tests.browser.test_browser import Figure  # which skips this module, too, where there is no browser
 
 FIGURE = """
@@ -52,11 +51,6 @@ def make():
         hover=lambda axes, x, y, r: f"x = {x:.2f}", title="A box", description="A box with two ends and a height.")
 """
 
-LATE = """(() => { const Real = WebSocket; window.late = 0;
-  const later = act => window.late ? setTimeout(act, window.late) : act();
-  window.WebSocket = class extends Real {
-    send(data) { later(() => super.send(data)); }
-    set onmessage(handler) { super.onmessage = handler && (event => later(() => handler(event))); } }; })()"""
 MODELS = "from ipywidgets.widgets.widget import _instances; print(len(_instances))"
 FRESH = """import json
 fresh = make()
@@ -127,21 +121,10 @@ class Box(Figure):
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hands")
-    notebook = new_notebook(cells=[new_code_cell(FIGURE), new_code_cell("box = make()\nbox"),
-                                   new_markdown_cell("a long page\n\n" * 60)],
-                            metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
-    nbformat.write(notebook, folder / "hands.ipynb")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONHASHSEED", "1")  # ipywidgets' sets of traits come in an order that used to matter
-        with jupyterlab(folder) as address, chromium(height=1400) as page:
-            page.add_init_script(LATE)
-            page.set_default_timeout(30_000)
-            open_notebook(page, address, "hands.ipynb")
-            assert run_all(page) == []
-            page.locator(".qlab-frame img").wait_for()
-            yield page
+def page(desk):
+    page = desk.show("hands.ipynb", FIGURE, "box = make()\nbox", new_markdown_cell("a long page\n\n" * 60))
+    page.locator(".qlab-frame img").wait_for()
+    return page
 
 
 @pytest.fixture

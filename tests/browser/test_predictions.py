@@ -1,10 +1,8 @@
 """A prediction in a real browser: by mouse, by key and not at all, and what a screen reader gets of it."""
 
-import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook
 
-from tests.browser.lab import chromium, jupyterlab, open_notebook, run_all, set_theme, violations
+from tests.browser.lab import set_theme, violations
 from tests.browser.test_browser import Figure  # which skips this module, too, where there is no browser
 
 CELLS = (
@@ -21,17 +19,10 @@ FOCUSED = "() => document.activeElement.ariaLabel || document.activeElement.text
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("predictions")
-    notebook = new_notebook(cells=[new_code_cell(cell) for cell in CELLS],
-                            metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
-    nbformat.write(notebook, folder / "predictions.ipynb")
-    with jupyterlab(folder) as address, chromium(height=1400) as page:
-        page.set_default_timeout(30_000)
-        open_notebook(page, address, "predictions.ipynb")
-        assert run_all(page) == []
-        page.locator(".qlab-prediction").nth(2).wait_for()
-        yield page
+def page(desk):
+    page = desk.show("predictions.ipynb", *CELLS)
+    page.locator(".qlab-prediction").nth(2).wait_for()
+    return page
 
 
 def asked(page, place):

@@ -3,7 +3,7 @@
 import nbformat
 import pytest
 
-from tests.browser.lab import KERNEL_READY, ask_kernel, chromium, jupyterlab, open_notebook, run_all
+from tests.browser.lab import KERNEL_READY, ask_kernel, jupyterlab, open_notebook, run_all
 from tests.browser.test_browser import Figure
 from tests.browser.test_lessons import NOTEBOOKS
 
@@ -23,21 +23,13 @@ SAVED = "() => !jupyterapp.shell.currentWidget.context.model.dirty"
 
 
 @pytest.fixture
-def folder(tmp_path):
+def notebook():
     """With the lesson's imports, its first figure and its first exercise."""
     notebook = nbformat.read(NOTEBOOKS / LESSON, as_version=4)
     needed = ("import numpy", "x = samples.load", "live = clipping(", "def clipping_error")
     notebook.cells = [cell for cell in notebook.cells if cell.cell_type == "code" and
                       (cell.source == "live" or any(code in cell.source for code in needed))]
-    nbformat.write(notebook, tmp_path / LESSON)
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def page():
-    with chromium(height=1400) as page:
-        page.set_default_timeout(30_000)
-        yield page
+    return notebook
 
 
 def answer_and_save(page):
@@ -59,36 +51,36 @@ def assert_the_lesson_runs(page, exercise):
     return live
 
 
-def test_the_kernel_is_restarted_in_mid_drag(page, folder):
-    with jupyterlab(folder) as address:
-        open_notebook(page, address, LESSON)
-        live = assert_the_lesson_runs(page, OPEN_QUESTION)
-        ask_kernel(page, "of_the_first_kernel = 1")
-        before, box, mouse = live.pixels(), live.handle("β").bounding_box(), page.mouse
-        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-        mouse.move(x, y)
-        mouse.down()
-        mouse.move(x - 30, y, steps=3)
-        live.wait_for_change(before)
-        page.evaluate(RESTART)
-        mouse.move(x - 80, y, steps=25)
-        mouse.up()
-        page.evaluate("() => window.restarted")
-        page.wait_for_function(KERNEL_READY)
-        assert ask_kernel(page, "print('of_the_first_kernel' in globals())") == "False\n"
-        assert_the_lesson_runs(page, OPEN_QUESTION)
+def test_the_kernel_is_restarted_in_mid_drag(desk, notebook):
+    page = desk.open("restarted.ipynb", notebook)
+    live = assert_the_lesson_runs(page, OPEN_QUESTION)
+    ask_kernel(page, "of_the_first_kernel = 1")
+    before, box, mouse = live.pixels(), live.handle("β").bounding_box(), page.mouse
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    mouse.move(x, y)
+    mouse.down()
+    mouse.move(x - 30, y, steps=3)
+    live.wait_for_change(before)
+    page.evaluate(RESTART)
+    mouse.move(x - 80, y, steps=25)
+    mouse.up()
+    page.evaluate("() => window.restarted")
+    page.wait_for_function(KERNEL_READY)
+    assert ask_kernel(page, "print('of_the_first_kernel' in globals())") == "False\n"
+    assert_the_lesson_runs(page, OPEN_QUESTION)
 
 
-def test_the_page_is_reloaded_and_the_server_started_again(page, folder):
-    with jupyterlab(folder) as address:
-        open_notebook(page, address, LESSON)
-        assert run_all(page) == []
-        answer_and_save(page)
-        page.reload(wait_until="domcontentloaded")
-        page.wait_for_function(KERNEL_READY)
-        assert page.evaluate(EXERCISE) == [ANSWER, OPEN_QUESTION]
-        assert_the_lesson_runs(page, RIGHT)
-    with jupyterlab(folder) as address:
+def test_the_page_is_reloaded_and_the_server_started_again(desk, notebook):
+    page = desk.open(LESSON, notebook)
+    assert run_all(page) == []
+    answer_and_save(page)
+    page.reload(wait_until="domcontentloaded")
+    page.wait_for_function(KERNEL_READY)
+    assert page.evaluate(EXERCISE) == [ANSWER, OPEN_QUESTION]
+    assert_the_lesson_runs(page, RIGHT)
+    with jupyterlab(desk.folder) as address:
+        page = desk.page.context.new_page()
         open_notebook(page, address, LESSON)
         assert page.evaluate(EXERCISE)[0] == ANSWER
         assert_the_lesson_runs(page, RIGHT)
+        page.close()

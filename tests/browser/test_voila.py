@@ -13,7 +13,7 @@ import nbformat
 import pytest
 from playwright.sync_api import Error
 
-from tests.browser.lab import chromium, find_chromium
+from tests.browser.lab import find_chromium
 
 if not importlib.util.find_spec("voila"):
     pytest.skip("voila is not installed", allow_module_level=True)
@@ -35,9 +35,7 @@ def lesson(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def app(lesson, tmp_path_factory):
-    if not find_chromium():
-        pytest.fail("no Chromium, and CI must not skip these tests")
+def app(lesson, browser, tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -45,17 +43,18 @@ def app(lesson, tmp_path_factory):
     with open(log, "w") as file:
         server = subprocess.Popen([sys.executable, "-m", "voila", lesson, "--no-browser", "--Voila.ip=127.0.0.1",
                                    f"--port={port}"], stdout=file, stderr=subprocess.STDOUT)
+    page = browser.new_page()
     try:
-        with chromium(height=1000) as page:
-            for _ in range(600):
-                assert server.poll() is None, log.read_text()
-                with contextlib.suppress(Error):
-                    page.goto(f"http://127.0.0.1:{port}/", timeout=180_000)
-                    break
-                time.sleep(0.1)
-            page.locator(".jupyter-widgets img").first.wait_for(timeout=120_000)
-            yield page
+        for _ in range(600):
+            assert server.poll() is None, log.read_text()
+            with contextlib.suppress(Error):
+                page.goto(f"http://127.0.0.1:{port}/", timeout=180_000)
+                break
+            time.sleep(0.1)
+        page.locator(".jupyter-widgets img").first.wait_for(timeout=120_000)
+        yield page
     finally:
+        page.close()
         server.terminate()
         server.wait(20)
 

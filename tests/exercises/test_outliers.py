@@ -17,19 +17,33 @@ def has_outlier(x, threshold):
     return (abs(x) >= threshold).any(0)
 
 
-def decomposed(x, w, threshold, *, large=has_outlier, scales=lambda x, w: (token_scales(x, 8), token_scales(w, 8)),
-               ranges=lambda m, small: m[:, small], parts=(1, 1)):
+def both_scales(rest, w):
+    return token_scales(rest, 8), token_scales(w, 8)
+
+
+def decomposed(x, w, threshold, *, large=has_outlier, scales=both_scales, everywhere=False, parts=(1, 1),
+               in_float=None):
     """x wᵀ in two parts, with one thing wrong."""
     outliers = large(x, threshold)
-    small = ~outliers
-    s_x, s_w = scales(ranges(x, small), ranges(w, small))
-    q_x, q_w = np.rint(x[:, small].T / s_x).T, np.rint(w[:, small].T / s_w).T
-    return parts[0] * (x[:, outliers] @ w[:, outliers].T) + parts[1] * np.outer(s_x, s_w) * (q_x @ q_w.T)
+    rest = x if everywhere else x[:, ~outliers]
+    s_x, s_w = scales(rest, w)
+    q_x, q_w = np.rint(x[:, ~outliers].T / s_x).T, np.rint(w.T / s_w).T
+    stored = (q_w.T * s_w).T if in_float is None else in_float
+    return (parts[0] * (x[:, outliers] @ stored[:, outliers].T)
+            + parts[1] * np.outer(s_x, s_w) * (q_x @ q_w[:, ~outliers].T))
 
 
 def decomposed_value_by_value(x, w, threshold):
     large = abs(x) >= threshold
-    return np.where(large, x, 0) @ w.T + decomposed(np.where(large, 0, x), w, threshold)
+    s_w = token_scales(w, 8)
+    return np.where(large, x, 0) @ (np.rint(w.T / s_w) * s_w) + decomposed(np.where(large, 0, x), w, threshold)
+
+
+def decomposed_by_columns(x, w, threshold, keep_float=True):
+    """As this course had it once: the weights' scales without the outlier columns."""
+    small = ~has_outlier(x, threshold)
+    return decomposed(x, w, threshold, scales=lambda rest, w: (token_scales(rest, 8), token_scales(w[:, small], 8)),
+                      in_float=w if keep_float else None)
 
 
 def decomposed_by(dtype, quantized):
@@ -37,9 +51,10 @@ def decomposed_by(dtype, quantized):
     def function(x, w, threshold):
         x, w = x.astype(dtype), w.astype(dtype)
         large = has_outlier(x, threshold)
-        most_x, most_w = (abs(m[:, ~large]).max(1, keepdims=True) for m in (x, w))
-        sums = quantized(x[:, ~large], most_x) @ quantized(w[:, ~large], most_w).T
-        return sums * (most_x / dtype(127)) * (most_w / dtype(127)).T + x[:, large] @ w[:, large].T
+        most_x, most_w = (abs(m).max(1, keepdims=True) for m in (x[:, ~large], w))
+        codes, unit = quantized(w, most_w), dtype(127)
+        sums = quantized(x[:, ~large], most_x) @ codes[:, ~large].T
+        return sums * (most_x / unit) * (most_w / unit).T + x[:, large] @ (codes * (most_w / unit))[:, large].T
 
     return function
 
@@ -49,20 +64,22 @@ def decomposed_loops(x, w, threshold):
     y = []
     for a in x.tolist():
         y.append([])
+        s = max(abs(v) for v, out in zip(a, large, strict=True) if not out) / 127
         for b in w.tolist():
-            inside = [(p, q) for p, q, out in zip(a, b, large, strict=True) if not out]
-            s, t = (max(abs(v) for v in side) / 127 for side in zip(*inside, strict=True))
-            whole = sum(round(p / s) * round(q / t) for p, q in inside)
-            y[-1].append(s * t * whole + sum(p * q for p, q, out in zip(a, b, large, strict=True) if out))
+            t = max(map(abs, b)) / 127
+            terms = [p * t * round(q / t) if out else s * round(p / s) * t * round(q / t)
+                     for p, q, out in zip(a, b, large, strict=True)]
+            y[-1].append(sum(terms))
     return y
 
 
 def decomposed_in_int32(x, w, threshold):
     x, w = torch.tensor(x), torch.tensor(w)
     large = (x.abs() >= threshold).any(0)
-    s_x, s_w = (m[:, ~large].abs().amax(1, keepdim=True) / 127 for m in (x, w))
-    q_x, q_w = ((m[:, ~large] / s).round().to(torch.int8).to(torch.int32) for m, s in ((x, s_x), (w, s_w)))
-    return x[:, large] @ w[:, large].T + (q_x @ q_w.T) * (s_x @ s_w.T)
+    s_x, s_w = (m.abs().amax(1, keepdim=True) / 127 for m in (x[:, ~large], w))
+    q_x, q_w = ((m / s).round().to(torch.int8) for m, s in ((x[:, ~large], s_x), (w, s_w)))
+    integers = q_x.to(torch.int32) @ q_w[:, ~large].to(torch.int32).T
+    return x[:, large] @ (s_w * q_w)[:, large].T + integers * (s_x @ s_w.T)
 
 
 MISTAKES = [
@@ -80,7 +97,10 @@ MISTAKES = [
     ("decompose", partial(decomposed, large=lambda x, threshold: has_outlier(x, 1e9)), "the outliers too"),
     ("decompose", partial(decomposed, parts=(0, 1)), "outlier channels are lost"),
     ("decompose", partial(decomposed, parts=(1, 0)), "the float part alone"),
-    ("decompose", partial(decomposed, ranges=lambda m, small: m), "taken from all channels"),
+    ("decompose", partial(decomposed, everywhere=True), "taken from all channels"),
+    ("decompose", decomposed_by_columns, "nobody knows which columns those will be: one scale for each whole row"),
+    ("decompose", partial(decomposed_by_columns, keep_float=False), "take whole rows"),
+    ("decompose", lambda x, w, threshold: decomposed(x, w, threshold, in_float=w), "dequantize them"),
     ("decompose", partial(decomposed, scales=lambda x, w: (token_scales(x, 8), np.full(len(w), abs(w).max() / 127))),
      "Each output, a row of w, has its own"),
     ("decompose", partial(decomposed, large=lambda x, threshold: (abs(x) >= threshold).all(0)), "use any()"),
@@ -104,7 +124,7 @@ RIGHT = [
 FIRST_CASES = [  # how the first case of a check is told
     ("token_scales", "For x = [[0.5, -14.0, 2.0], [1.0, 0.7, -0.35]], bits = 4: expected [2, 0.142857], "),
     ("decompose", "For x = [[0.3, 9.0, -1.0, -7.0], [-0.5, 0.4, 0.9, -8.0]], w = [[0.5, 0.2, -0.7, 0.1], [2.0, 1.0, "
-                  "-3.0, 4.0]], threshold = 6: expected [1.95008, -15.3992, -1.60237, -35.3103], "),
+                  "-3.0, 4.0]], threshold = 6: expected [1.94142, -15.3339, -1.5967, -35.304], "),
 ]
 
 

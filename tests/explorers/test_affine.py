@@ -1,6 +1,7 @@
 """The live figures of lesson 02: each control over its whole range, each chip, numbers against direct computations."""
 
 import itertools
+import re
 from functools import partial
 
 import matplotlib
@@ -29,7 +30,7 @@ SIX = [-1.72, 0.31, 2.28, 0.04, 3.43, -0.77]
 MAKERS = {"mapping": partial(mapping, SIX), "granularity": partial(granularity, WEIGHTS)}
 START = {
     "mapping": {"data": ", ".join(map(str, SIX)), "scheme": "absmax", "bits": 8, "alpha": -3.43, "beta": 3.43,
-                "narrow": False},
+                "narrow": False, "value": 0},
     "granularity": {"per": "tensor", "group_size": 32, "bits": 4, "scheme": "absmax"},
 }
 SETTINGS = [
@@ -49,7 +50,7 @@ def put(name, setting):
     if name == "mapping":
         explorer.set(data=START[name]["data"])  # new data sets new limits, and then the ends follow the scheme
         explorer.set(scheme="absmax")
-        explorer.set(**{"bits": 8, "narrow": False} | setting)
+        explorer.set(**{"bits": 8, "narrow": False, "value": 0} | setting)
         return explorer
     return put_there(name, setting)
 
@@ -92,6 +93,37 @@ def test_words(name):
     assert values(explorer) == START[name]
     assert_words(explorer)
     assert bool(explorer.chips) == (name == "mapping")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 7), st.sampled_from(["absmax", "zero-point", "α, β"]), st.integers(2, 8), st.floats(0.5, 12))
+def test_the_line_of_a_value(value, scheme, bits, beta):
+    """Each step can be made from the one before it, and the last is the level of the quantizer."""
+    explorer = at_seven()
+    explorer.set(bits=bits, value=value)
+    explorer.set(**{"beta": beta} if scheme == "α, β" else {"scheme": scheme})
+    numbers = explorer.readout
+    words = numbers["line"].replace("−", "-").split(" → ")
+    x, steps, rounded, moved, q, x_hat, error = (float(re.findall(r"[-+]?[\d.]+(?:e[-+]?\d+)?", word)[-1])
+                                                 for word in words)
+    assert x == SEVEN[value - 1]
+    assert steps == pytest.approx(x / numbers["scale"], rel=1e-5)
+    assert rounded == np.rint(x / numbers["scale"])
+    assert moved == rounded + numbers["zero_point"]
+    assert q == np.clip(moved, numbers["qmin"], numbers["qmax"]) == int(numbers["codes"].split()[value - 1])
+    assert x_hat == pytest.approx(numbers["scale"] * (q - numbers["zero_point"]), rel=1e-5)
+    assert error == pytest.approx((x - x_hat) / numbers["scale"], rel=0.01, abs=0.01)
+
+
+def test_a_line_is_told_of_values_that_have_a_thread():
+    explorer = at_seven()
+    explorer.set(value=7)
+    explorer.set(data="1, 2")
+    assert values(explorer)["value"] == 2
+    assert explorer.readout["line"].startswith("x = 2 → ")
+    explorer.set(value=0)
+    assert "line" not in explorer.readout
+    assert mapping(np.linspace(-1, 1, 41)).controls["value"].disabled
 
 
 @pytest.mark.parametrize("control, value", [("bits", 3), ("scheme", "zero-point"), ("beta", 2.0)])

@@ -6,7 +6,9 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from qlab import explorers
 
@@ -24,17 +26,30 @@ def test_every_figure_is_tested(figure):
 def test_torch_is_imported_when_a_figure_needs_it():
     code = """
 import sys
+class NoTorch:
+    def find_spec(self, name, *_):
+        if name.split(".")[0] == "torch":
+            raise ImportError("torch is not there")
+sys.meta_path.insert(0, NoTorch())
 import qlab.explorers
 assert {"digits_ptq", "qat", "training_run", "watch"} <= set(dir(qlab.explorers)) & set(qlab.explorers.__all__)
 assert "clipping" in dir(qlab.explorers)
 assert not hasattr(qlab.explorers, "no_such_figure")
-assert "torch" not in sys.modules
-from qlab.explorers import digits_ptq
-assert "torch" in sys.modules
-from qlab.explorers import *
-assert qlab.explorers.watch is watch
+try:
+    from qlab.explorers import digits_ptq
+except ImportError as error:
+    assert "torch" in str(error)
+else:
+    raise AssertionError("it needs no torch")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_all_figures_at_once():
+    found = {}
+    exec("from qlab.explorers import *", found)
+    assert found["watch"] is explorers.watch
+    assert set(found) - {"__builtins__"} == set(explorers.__all__)
 
 
 def other_figures(source, module):
@@ -61,3 +76,16 @@ def test_no_figure_stands_on_another_lessons(path):
 ])
 def test_an_import_of_another_figure_is_noticed(source, found):
     assert other_figures(source, "ptq") == found
+
+
+@pytest.mark.parametrize("figure", [explorers.mapping, explorers.clipping, explorers.granularity])
+def test_own_data_is_an_array_a_tensor_or_the_path_of_a_file(figure, tmp_path):
+    x = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)
+    np.save(tmp_path / "mine.npy", x)
+    (tmp_path / "text.npy").write_text("1 2 3")
+    expected = figure(x).readout
+    for mine in (tmp_path / "mine.npy", str(tmp_path / "mine.npy"), torch.from_numpy(x)):
+        assert figure(mine).readout == expected
+    for path in ("nowhere.npy", tmp_path / "text.npy"):
+        with pytest.raises(ValueError, match=r"must be an array or the path of a \.npy file with one, got"):
+            figure(path)

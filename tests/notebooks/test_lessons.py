@@ -130,7 +130,8 @@ def test_lesson_02_codes_of_absmax_after_a_relu():
     out = samples.load("digit_images").astype(np.float64)
     for w, b in samples.mlp("relu")[:3]:
         out = np.maximum(out @ w.T + b, 0)
-    result = mapping(out, bits=4)._compute(data="23,040 values", scheme="absmax", bits=4, alpha=0, beta=0, narrow=False)
+    result = mapping(out, bits=4)._compute(data="23,040 values", scheme="absmax", bits=4, alpha=0, beta=0, narrow=False,
+                                           value=0)
     assert np.unique(quantize(out, result.params)).tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
     assert np.unique(quantize(result.values.threads, result.params)).tolist() == [0, 1, 2, 3, 4, 7]
 
@@ -190,7 +191,7 @@ def sources(lesson):
     return [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"]
 
 
-@pytest.mark.parametrize("lesson", ["01", "02", "03", "04"])
+@pytest.mark.parametrize("lesson", ["01", "02", "03", "04", "05"])
 def test_an_hour_leads_through_a_lesson_and_the_rest_is_marked_as_optional(lesson):
     texts = sources(lesson)
     stated = re.search(r"\*\*Time\*\* (\d+) minutes, and\s+(\d+) more", "\n".join(texts))
@@ -203,7 +204,7 @@ def test_an_hour_leads_through_a_lesson_and_the_rest_is_marked_as_optional(lesso
     assert headings == [f"{row[0].replace(' ', '. ', 1)}{'' if row[1] else ' (optional)'}" for row in rows]
 
 
-@pytest.mark.parametrize("lesson", ["00", "01", "02", "03", "04"])
+@pytest.mark.parametrize("lesson", ["00", "01", "02", "03", "04", "05"])
 def test_what_answers_a_question_is_folded(lesson):
     (path,) = NOTEBOOKS.glob(f"{lesson}_*.ipynb")
     asked, found = False, 0
