@@ -19,9 +19,10 @@ FIGURES = {
     "05": explorers.outliers,
     "06": explorers.smoothing,
     "07": explorers.rotation,
+    "08": explorers.compensation,
     "09": lambda: explorers.codebooks(samples.load("weights")),
 }
-MOVES = {"03": {"beta": 0.52}, "04": {"weight_bits": 3, "activation_bits": 3}}
+MOVES = {"03": {"beta": 0.52}, "04": {"weight_bits": 3, "activation_bits": 3}, "08": {"columns": 32}}
 DRAGGED = "from qlab import explorers, samples\nlive = explorers.clipping(samples.load('activations'), bits=4)\nlive"
 GRIP = ".qlab-grip[data-name='β']"
 HAND = """() => { const hand = document.createElement('div');

@@ -28,8 +28,6 @@ FLOORS = {
 }
 OF_OTHERS = {"extra_repr", "add_param_group"}  # names that torch calls
 AT_HAND = {"logits_scale"}  # an integer network's logits as real numbers
-AT_HAND |= {"clip_search", "compensation"}  # until lesson 08 shows them
-AT_HAND |= {"gptq", "awq_scales", "activation_aware", "learned_rotation"}  # until lesson 08 uses them
 TEST_AND_CLASS = {"nbval"}  # of the extra "test": what a class runs, too
 SOURCES = sorted((ROOT / "qlab").rglob("*.py"))
 MACHINE_PATH = re.compile(r"(?<![\w.~:/)}>*$-])/(?:work|root|tmp|home|Users|mnt|opt)/\w|\b[A-Z]:\\Users")

@@ -2,13 +2,8 @@
 
 The sources, and the scripts that made the files:
 
-<<<<<<< HEAD
-- ``smollm2.npz``, ``outliers_*.npz``, ``smoothing.npz``: activations and weights of SmolLM2-135M-Instruct
-  (HuggingFaceTB, Apache-2.0); `qlab.studies.samples` and `qlab.studies.smoothquant`.
-=======
-- ``smollm2.npz``, ``outliers_*.npz``, ``part_of_o.npz``: activations and weights of SmolLM2-135M-Instruct
-  (HuggingFaceTB, Apache-2.0); `qlab.studies.samples`.
->>>>>>> comp
+- ``smollm2.npz``, ``outliers_*.npz``, ``smoothing.npz``, ``part_of_o.npz``: activations and weights of
+  SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0); `qlab.studies.samples` and `qlab.studies.smoothquant`.
 - ``digits.npz``: images of hand-written digits, and two deep networks trained on them for this course. The images are
   a part of the UCI data set "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak 1998,
   https://doi.org/10.24432/C50P49, CC BY 4.0), as scikit-learn ships it; `qlab.samples.train_mlp`.
