@@ -185,6 +185,7 @@ def check_column(function):
     ]
     tiny = np.array([[0.4, 0.7, 1.0], [1.3, -0.2, 0.5]]), np.array([[2.0, -1.0, 0.5], [0.0, 1.0, -0.5], [0, 0, 0.5]])
     x, w = (matrix.astype(np.float64)[:, :48] for matrix in samples.products()[12, "attn_in"])
+    w = w[np.abs(w[:, 7]) > 0.06]  # none of it becomes 0, which a difference might miss by 1e-18
     u = np.linalg.cholesky(np.linalg.inv(2 * x.T @ x + 0.1 * np.eye(48))).T
     written = f"w = {tiny[0].tolist()}, u = {tiny[1].tolist()}"
     cases = [Case(f"{written}, j = {j}, step = 1", (*tiny, j, 1.0), right(*tiny, j, 1.0)) for j in (0, 1)]

@@ -67,6 +67,8 @@ RIGHT = [
     ("column", column),
     ("column", lambda w, u, j, step: (w - np.outer(w[:, j] - np.rint(w[:, j] / step) * step, u[j] / u[j, j]))),
     ("column", lambda w, u, j, step: torch.tensor(column(w, u, j, step))),
+    ("column", lambda w, u, j, step: np.hstack([w[:, :j], w[:, j:] - np.outer(
+        (w[:, j] - np.round(w[:, j] / step) * step) / u[j, j], u[j, j:])])),  # column j by the update, too
     ("awq_scales", scales),
     ("awq_scales", lambda x, alpha: np.exp(alpha * (np.log(abs(x).mean(0)) - np.mean(
         [np.log(abs(x).mean(0)).max(), np.log(abs(x).mean(0)).min()])))),
@@ -94,6 +96,6 @@ def test_columns_one_after_the_other_are_gptq():
 
 def test_what_is_asked():
     shapes = [(np.shape(w), np.shape(u), j, step) for w, u, j, step in asked("column", column)]
-    assert shapes == [((2, 3), (3, 3), 0, 1.0), ((2, 3), (3, 3), 1, 1.0), ((192, 48), (48, 48), 7, 0.1)]
+    assert shapes == [((2, 3), (3, 3), 0, 1.0), ((2, 3), (3, 3), 1, 1.0), ((137, 48), (48, 48), 7, 0.1)]
     for _, u, *_ in asked("column", column):
         assert np.array_equal(np.triu(u), u) and (np.diag(u) > 0).all()
