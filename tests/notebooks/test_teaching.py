@@ -20,6 +20,10 @@ LIVE = {  # lesson and variable: what makes the figure there
     ("06", "live"): explorers.smoothing,
     ("07", "live_2d"): explorers.rotation_2d,
     ("07", "live"): explorers.rotation,
+    ("08", "live_clip"): explorers.clip_search,
+    ("08", "live"): explorers.compensation,
+    ("09", "live"): lambda: explorers.codebooks({"weights": samples.load("weights"),
+                                                 "activations": samples.load("activations")}),
 }
 SHOWN = {  # move: what it is to show, of the numbers before and after
     'live.set(binary="1 10000100 11011010100000000000000")': lambda old, new: new["stored"] == "−59.3125",
@@ -42,6 +46,11 @@ SHOWN = {  # move: what it is to show, of the numbers before and after
     'live_2d.set(outlier="diagonal")': lambda old, new: new["error_percent"] > new["without_rotation_percent"],
     'live.set(rotate="Hadamard")': lambda old, new: (
         new["output_error_percent"] < 0.4 * old["output_error_percent"]),
+    'live_clip.press("best for weights")': lambda old, new: (
+        new["weight_sqnr_db"] > old["weight_sqnr_db"] and new["output_error_percent"] > old["output_error_percent"]),
+    "live.set(columns=64)": lambda old, new: new["prose_percent"] < new["nearest_prose_percent"],
+    "live.set(tokens=64)": lambda old, new: new["prose_percent"] > new["nearest_prose_percent"],
+    'live.set(data="activations", format="NVFP4")': lambda old, new: new["sqnr_db"] > old["sqnr_db"],
     'live.set(place=(11, "down_in"), granularity="tensor")': lambda old, new: new["output_error_percent"] > 50,
 }
 
@@ -64,7 +73,7 @@ def teachers_rows():
 
 
 def test_every_class_takes_75_minutes():
-    assert [sum(int(row[0]) for row in table) for table in teachers_rows()] == 5 * [75]
+    assert [sum(int(row[0]) for row in table) for table in teachers_rows()] == 6 * [75]
 
 
 def test_the_teachers_moves_show_on_the_figures_of_their_lessons_what_they_are_to_show():
