@@ -4,7 +4,6 @@
 qlab.smollm`` does the same beforehand, for a classroom without a network.
 """
 
-import pydoc_data.topics
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -257,35 +256,6 @@ def _open(path):
     model.head.weight = model.embedding.weight
     model.tokenizer = tokenizer
     return model.eval().requires_grad_(False)
-
-
-def texts(model, sequences=8, length=512):
-    """Two sets of tokens out of the help texts that come with Python: to calibrate with, and to evaluate on.
-
-    Parameters
-    ----------
-    model : SmolLM
-        For its tokenizer.
-    sequences, length : int, ≥ 1 and ≥ 2
-        Of each set.
-
-    Returns
-    -------
-    calibration, evaluation : int64 tensors, shape (sequences, length)
-        The beginning and the end of the text; they do not overlap. The texts change with Python's version.
-
-    Raises
-    ------
-    ValueError
-        If a number is not such an integer, or the text is too short for both.
-    """
-    sequences, length = check_integer(sequences, "sequences", 1), check_integer(length, "length", 2)
-    topics = pydoc_data.topics.topics
-    tokens = model.encode("\n".join(topics[name] for name in sorted(topics)))[0]
-    wanted = sequences * length
-    if 2 * wanted > len(tokens):
-        raise ValueError(f"sequences × length must be at most {len(tokens) // 2} tokens, got {sequences} × {length}")
-    return tokens[:wanted].view(sequences, length), tokens[-wanted:].view(sequences, length)
 
 
 @torch.inference_mode()

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from qlab import smollm
 from qlab.affine import absmax_params, dequantize, fake_quantize, quantize, zero_point_params
+from qlab.evaluation import texts
 from qlab.gptq import (
     RANGES,
     activation_aware,
@@ -485,7 +486,7 @@ def test_models_in_half_precision(tokens):
 def test_the_real_model():
     model = smollm.load(progress=False)
     del model.blocks[2:]
-    calibration, held_out = (tokens[:1] for tokens in smollm.texts(model, 2, 128))
+    calibration, held_out = (texts(model)[name][:1, :128] for name in ("calibration", "documentation"))
     expected, error = logits(model, held_out), {}
     for name, options in (("nearest", {"method": "nearest"}),
                           ("order and clipping", {"act_order": True, "ranges": "weighted"})):

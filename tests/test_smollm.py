@@ -41,7 +41,6 @@ from qlab.smollm import (
     generate,
     inserted,
     perplexity,
-    texts,
 )
 from qlab.smoothquant import PAIRS, quantized, smooth
 from qlab.spinquant import fold_gains, kv_quantizers, online, random_orthogonal, rotate
@@ -645,7 +644,7 @@ def test_sites_are_restored_in_a_model_that_lost_a_block():
     assert [gone.o_in, stays.o_in] == before
 
 
-# Perplexity and texts
+# Perplexity
 
 
 def test_perplexity_of_a_paragraph(model, reference):
@@ -708,37 +707,6 @@ def test_perplexity_leaves_no_graph_and_no_change(model):
 def test_what_is_not_tokens(model, tokens, message):
     with pytest.raises(ValueError, match=f"^tokens must be .*{message}"):
         perplexity(model, tokens)
-
-
-@pytest.fixture(scope="module")
-def whole(model):
-    """Tokens of all help texts."""
-    return model.encode("\n".join(text for _, text in sorted(pydoc_data.topics.topics.items())))[0]
-
-
-@pytest.mark.parametrize("sequences, length", [(8, 512), (1, 2), (3, 7)])
-def test_the_two_texts(model, whole, sequences, length):
-    calibration, evaluation = texts(model, sequences, length)
-    assert calibration.shape == evaluation.shape == (sequences, length)
-    assert torch.equal(calibration.flatten(), whole[:sequences * length])
-    assert torch.equal(evaluation.flatten(), whole[len(whole) - sequences * length:])
-    smollm.check_tokens(model, calibration)
-
-
-def test_the_two_texts_never_overlap(model, whole):
-    most = len(whole) // 2
-    assert texts(model, 1, most)[0].shape == (1, most)
-    with pytest.raises(ValueError, match=f"at most {most} tokens, got 1 × {most + 1}$"):
-        texts(model, 1, most + 1)
-
-
-@pytest.mark.parametrize("sequences, length, message", [
-    (0, 512, "sequences must be an integer of at least 1, got 0"), (-1, -512, "sequences must .* got -1"),
-    (1, 1, "length must be an integer of at least 2, got 1"), (8, 2.0, "length must .* got 2.0"),
-])
-def test_no_texts(model, sequences, length, message):
-    with pytest.raises(ValueError, match=message):
-        texts(model, sequences, length)
 
 
 # The loader
@@ -1028,4 +996,4 @@ def test_memory(model):
         assert peak < 1.2e9, stage
     before = stages["import qlab.smollm"]
     assert stages["load()"][0] - before[0] < 80e6  # weights are not copied
-    assert stages["load()"][0] < stages["perplexity of 2 × 512 tokens"][0]
+    assert stages["load()"][0] < stages["perplexity of 4 × 256 tokens"][0]

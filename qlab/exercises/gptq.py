@@ -131,7 +131,9 @@ def check_group_bits(function):
     ]
     cases = [Case(f"bits = {bits}, group_size = {size}", (bits, size), right(bits, size))
              for bits, size in ((4, 10), (4, 64), (3, 64), (8, 576))]
-    return check(function, cases, misconceptions, "Right, for groups and for whole rows.")
+    ladder = ("Look at what a group stores beside its codes: one scale and one zero-point. How many bits are these?",
+              "The code's bits, and a share of 16 + bits for each of the group_size weights.")
+    return check(function, cases, misconceptions, "Right, for groups and for whole rows.", ladder=ladder)
 
 
 @recorded
@@ -190,7 +192,10 @@ def check_column(function):
     written = f"w = {tiny[0].tolist()}, u = {tiny[1].tolist()}"
     cases = [Case(f"{written}, j = {j}, step = 1", (*tiny, j, 1.0), right(*tiny, j, 1.0)) for j in (0, 1)]
     cases.append(Case("48 columns of a real layer, j = 7, step = 0.1", (w, u, 7, 0.1), right(w, u, 7, 0.1)))
-    return check(function, cases, misconceptions, "Right, on the tiny case and on a real layer.")
+    ladder = ("Look at column j of your result first: it holds the rounded weights, step · round(w / step).",
+              "The error of column j, divided by u[j, j], times u[j, k], is taken from every column k behind it; those "
+              "before j stay.")
+    return check(function, cases, misconceptions, "Right, on the tiny case and on a real layer.", ladder=ladder)
 
 
 @recorded
@@ -239,7 +244,9 @@ def check_awq_scales(function):
     real = samples.products()[12, "attn_in"][0].astype(np.float64)
     cases = [Case(f"x = {x.tolist()}, alpha = 0.5", (x, 0.5), right(x, 0.5)),
              Case("x of a real layer, alpha = 0.25", (real, 0.25), right(real, 0.25))]
-    return check(function, cases, misconceptions, "Right, on the tiny case and on a real layer.")
+    ladder = ("Look at the mean of |x| over the tokens first, one number for each channel.",
+              "Take the mean to the power α, and divide by the root of the largest times the smallest of these.")
+    return check(function, cases, misconceptions, "Right, on the tiny case and on a real layer.", ladder=ladder)
 
 
 @recorded
@@ -286,4 +293,6 @@ def check_roofline(function):
                   right(*given))
              for given in ((1e9, 4, 1, 1e10, 1e11), (1e8, 16, 8, 2e10, 1e10), (1e9, 4, 2, 1e10, 1e11),
                            (1e9, 4, 256, 1e10, 1e11))]
-    return check(function, cases, misconceptions, "Right, under both parts of the roof.")
+    ladder = ("Look at the two times by themselves: reading all weights once, and computing for all tokens.",
+              "Bytes over bandwidth, two operations for each weight and token over rate: the longer decides.")
+    return check(function, cases, misconceptions, "Right, under both parts of the roof.", ladder=ladder)

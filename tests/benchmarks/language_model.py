@@ -31,10 +31,11 @@ model = smollm.load(progress=False)
 stage("load()")
 """
 USE = """
-tokens = smollm.texts(model)[1][:2]
+from qlab.evaluation import texts
+tokens = texts(model)["documentation"][:4]
 stage("texts()")
 smollm.perplexity(model, tokens)
-stage("perplexity of 2 × 512 tokens")
+stage("perplexity of 4 × 256 tokens")
 """
 NAMES = {"attn_norm": "input_layernorm", "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
          "o": "self_attn.o_proj", "mlp_norm": "post_attention_layernorm", "gate": "mlp.gate_proj", "up": "mlp.up_proj",
