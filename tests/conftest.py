@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import os
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from tests.notebooks.measured import differences, text_of
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # kernels of notebooks share the cores with the other worker, too
 pytest.register_assert_rewrite("tests.exercises.checks", "tests.explorers.checks")
 hypothesis.settings.register_profile("qlab", deadline=None, derandomize=True)  # the same examples on every run
 hypothesis.settings.load_profile("qlab")

@@ -22,7 +22,7 @@ from qlab.affine import (
     zero_point_params,
 )
 from qlab.explorers.parts import bits_slider, own_data, paths, ratio_db
-from qlab.live import BLACK, BLUE, GREEN, GREY, ORANGE, VERMILION, Explorer, FloatSlider, Handle, new_figure
+from qlab.live import BLACK, BLUE, GREEN, GREY, ORANGE, VERMILION, Explorer, FloatSlider, Handle, IntSlider, new_figure
 
 SEVEN = (5.47, 3.08, -7.59, 0, -1.95, -4.57, 10.8)  # the lecture notes' numbers
 
@@ -144,7 +144,7 @@ def mapping(x=SEVEN, bits=8):
         "alpha": FloatSlider(description="α", **wide, **_limits(given)),
         "beta": FloatSlider(description="β", **wide, **_limits(given)),
         "narrow": widgets.Checkbox(False, indent=False, layout={"width": "140px"}, **_narrow(ABSMAX)),
-        "value": widgets.IntSlider(0, description="value", **_choice(given)),
+        "value": IntSlider(0, description="value", **_choice(given)),
     }
     for slider in (controls["bits"], controls["value"]):
         slider.style.description_width, slider.layout.width = "40px", "200px"

@@ -20,7 +20,7 @@ FIGURES = {  # variable: the code that makes its figure, and what Tab reaches in
               "mantissa, bit 1, mantissa, bit 0, Reset"),
     "mapped": ("mapping()",
                "data, seven numbers, [1, 2, 3], ties: absmax at 4 bits, all ≥ 0, outlier, absmax, zero-point, α, β, "
-               "bits, bits, value, α, α, value, β, β, value, Reset"),
+               "bits, bits, value, value, value, value, α, α, value, β, β, value, Reset"),
     "run": ('training_run([{"step": i, "loss": 3 - i, "ranges": {"conv": (0.0, 3.0)}} for i in range(3)])',
             "play, stop, repeat, step, step, value, Reset"),
 }

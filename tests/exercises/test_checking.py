@@ -30,6 +30,7 @@ def test_a_misconception_that_is_right_so_far_is_not_told():
 
 def test_the_summary_shows_the_latest_verdict_of_each_check(monkeypatch):
     monkeypatch.setattr(checking, "_LATEST", {})
+    monkeypatch.setattr(checking, "ASKED", {})
     assert repr(exercises.summary()) == "No exercise was checked yet: run the cells above."
     exercises.check_hadamard(lambda k: np.ones((2**k, 2**k)))
     exercises.check_absmax(lambda x, bits: None)

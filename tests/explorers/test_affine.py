@@ -95,7 +95,7 @@ def test_words(name):
     assert bool(explorer.chips) == (name == "mapping")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(1, 7), st.sampled_from(["absmax", "zero-point", "α, β"]), st.integers(2, 8), st.floats(0.5, 12))
 def test_the_line_of_a_value(value, scheme, bits, beta):
     """Each step can be made from the one before it, and the last is the level of the quantizer."""

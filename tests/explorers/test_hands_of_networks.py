@@ -250,7 +250,7 @@ def test_a_channel_and_a_token_of_outliers(hand):
     hand = hand("outliers")
     told = hand.under(hand.axes("|x|"), (PEAK + 0.9, 1))
     median = np.median(SIZE[:, PEAK])
-    assert told.startswith(f"channel {PEAK}\nlargest |x|: {SIZE.max():.4g}, median {median:.3g}\nhalf a step: ")
+    assert told.startswith(f"channel {PEAK}\nlargest |x|: {SIZE.max():.4g}, median {median:.3g}\nhalf a step at 0: ")
     told = hand.under(hand.axes("token"), (PEAK - 0.4, 17.5))
     assert told.startswith(f"channel {PEAK}, token 17\n|x| = {SIZE[17, PEAK]:.4g}, |q − z| = ")
     code = int(told.split()[-1])
@@ -311,7 +311,7 @@ def test_what_stands_in_front_in_a_landscape(place):
     assert not hand.explorer.errors
     assert len(told) > 20
     readout = hand.explorer.readout
-    across, up, _, w = axes.get_proj() @ [readout["at_channel"], readout["at_token"], readout["largest"], 1]
+    across, up, _, w = axes.get_proj() @ [readout["at_channel"], readout["at_token"], np.log10(readout["largest"]), 1]
     assert hand.under(axes, (across / w, up / w)).startswith(
         f"channel {readout['at_channel']}, token {readout['at_token']}: |x| = {readout['largest']:.4g}\n")
 
