@@ -293,7 +293,7 @@ def _line(value, params):
     x_hat = float(dequantize(code, params))
     words = (f"x = {value:.6g}", f"x / s = {value / params.scale:.6g}", f"round {rounded:.15g}",
              f"+ z = {rounded + z:.15g}", f"clip: q = {code}", f"x̂ = {x_hat:.6g}",
-             f"x − x̂ = {(value - x_hat) / params.scale:+.3g} steps")
+             f"x − x̂ = {round(float((value - x_hat) / params.scale), 6) + 0:+.3g} steps")
     return [word.replace("-", "−") for word in words]
 
 
