@@ -1,7 +1,6 @@
 """ONNX Runtime's kernels compute the products of our codes; what the stopwatch times is what it says."""
 
 import numpy as np
-import onnx
 import pytest
 import torch
 
@@ -45,17 +44,6 @@ def test_the_stopwatch_multiplies_every_matrix_of_the_blocks(model, kind, error)
         expected = x[f"x{w.shape[1]}"][:1] @ w.T
         assert np.abs(product - expected).max() < error * np.abs(expected).max()
     assert watch.milliseconds(2, repeats=1) > 0
-
-
-def test_the_file_is_one_that_others_read():
-    w = np.random.default_rng(0).normal(size=(8, 64)).astype(np.float32)
-    params = zero_point_params(w, 4, group_size=32)
-    file = onnx.load_model_from_string(kernels._file([kernels._four_bits(quantize(w, params), params, 4)], gather=True))
-    product, _ = file.graph.node
-    assert (product.op_type, product.domain) == ("MatMulNBits", "com.microsoft")
-    assert {a.name: a.i for a in product.attribute} == {
-        "K": 64, "N": 8, "bits": 4, "block_size": 32, "accuracy_level": 4}
-    assert [list(t.dims) for t in file.graph.initializer] == [[8, 2, 16], [8, 2], [8, 1], [1]]
 
 
 def test_packing_is_that_of_the_operator():
