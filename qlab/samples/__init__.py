@@ -6,7 +6,7 @@ The sources, and the scripts that made the files:
   SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0); `qlab.studies.samples` and `qlab.studies.smoothquant`.
 - ``digits.npz``: images of hand-written digits, and two deep networks trained on them for this course. The images are
   a part of the UCI data set "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak 1998,
-  https://doi.org/10.24432/C50P49, CC BY 4.0), as scikit-learn ships it; `qlab.samples.train_mlp`.
+  https://doi.org/10.24432/C50P49, CC BY 4.0), as scikit-learn ships it; `qlab.studies.mlp`.
 - ``digits_int8.onnx``: the digits network in 8 bits, as lesson 04 quantizes it, for ONNX Runtime.
 - ``text_*.txt``: what language models are judged and calibrated on (`qlab.evaluation.texts`), from this course and from
   Python's documentation and library (``text_licence.txt``); `qlab.studies.texts`.
@@ -89,7 +89,7 @@ def mlp(activation):
 
     References
     ----------
-    `qlab.samples.train_mlp` trained them, on images that ``load("digit_images")`` does not hold.
+    `qlab.studies.mlp` trained them, on images that ``load("digit_images")`` does not hold.
 
     Examples
     --------
@@ -122,7 +122,7 @@ def products():
 
     References
     ----------
-    `qlab.smollm` names the sites; `qlab.samples.extract` made the files.
+    `qlab.smollm` names the sites; `qlab.studies.samples` made the files.
 
     Examples
     --------
