@@ -35,6 +35,7 @@ from qlab.spinquant import (
 )
 from qlab.studies import spinquant as study
 from qlab.studies.spinquant import learn_end_to_end
+from qlab.studies.tables import load
 from tests.small_model import logits, relative, small_model, some_tokens, state_bytes
 
 ORDERS = [1, 2, 4, 12, 20, 24, 32, 40, 64, 80, 96, 144, 160, 240, 288, 400, 512, 576, 1536]
@@ -713,32 +714,12 @@ def test_output_error_is_the_error_of_the_products():
         output_error(2 * r, both)
 
 
-# The table of lesson 07
-
-
-def test_the_table_is_whole_and_a_row_is_the_hull_of_its_seeds():
-    made, texts = study.load(), ("prose", "code", "documentation")
-    for part, methods in study.METHODS.items():
-        for method in methods:
-            seeds = {row["seed"] for row in made["rows"] if (row["part"], row["method"]) == (part, method)}
-            assert seeds == set(range(made["run"]["seeds"] if "R1" in method else 1)), (part, method)
-            for text in texts:
-                found, kl = study.row(part, method, text), [
-                    row["kl"] for row in made["rows"]
-                    if (row["part"], row["method"], row["text"]) == (part, method, text)]
-                assert found.kl_low < min(kl) <= found.kl <= max(kl) < found.kl_high
-                assert found.kl == pytest.approx(np.mean(kl))
-    for part, method, than in study.CONTRASTS:
-        if study.END_TO_END not in (method, than):
-            for text in texts:
-                ratio = study.row(part, method, text).kl / study.row(part, than, text).kl
-                assert study.contrast(part, method, than, text).kl == pytest.approx(ratio, rel=0.1)
-    with pytest.raises(ValueError, match="the table must have rows of weights, smoothed, code"):
-        study.row("weights", "smoothed", "code")
+# What the study ships
 
 
 def test_the_learned_rotation_is_one():
-    assert all(0.5 < one["held_out_after"] / one["held_out_before"] < 0.6 for one in study.load()["learning"])
+    seeds = load("spinquant").about["learning"]
+    assert all(0.5 < one["held_out_after"] / one["held_out_before"] < 0.6 for one in seeds)
     r1 = study.learned_rotation()
     torch.testing.assert_close(r1.T @ r1, torch.eye(576), rtol=0, atol=1e-5)
     assert not torch.allclose(r1, random_hadamard(576, 0), atol=0.01)

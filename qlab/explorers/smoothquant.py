@@ -16,6 +16,7 @@ from qlab.explorers.places import channel_at, checked_places, place_control
 from qlab.live import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION, Explorer, FloatSlider, Handle, new_figure
 from qlab.smoothquant import smoothing_scales
 from qlab.studies import smoothquant as study
+from qlab.studies.tables import load
 
 OFF, RIGHT, PRINTED = "off", "X / s, W · s", "X · s, W / s (slides)"
 TENSOR, VECTOR = "tensor", "token, output"
@@ -214,12 +215,12 @@ def _figure(of_the_model):
 
 def _model(axes):
     """The divergence of the whole model over α, on three texts; last, where the present α is."""
-    compared, _ = study.load()
+    found = load("smoothquant")
     axes.set(title="KL of the whole model, 8 bits", xlim=(-0.03, 1.03), ylim=(0.02, 4), yscale="log")
     axes.set_yticks([0.1, 1], ["0.1", "1"])
-    lines = [axes.plot(study.ALPHAS, [compared[f"α {alpha}", text].kl for alpha in study.ALPHAS], color=color, lw=1.5,
+    lines = [axes.plot(study.ALPHAS, [found.row(f"α {alpha}", text).kl for alpha in study.ALPHAS], color=color, lw=1.5,
                        label=text, antialiased=False, animated=True)[0] for text, color in _TEXTS.items()]
-    off = np.mean([compared["none", text].kl for text in _TEXTS])
+    off = np.mean([found.row("none", text).kl for text in _TEXTS])
     axes.axhline(off, color=ORANGE, ls="--")
     axes.legend(loc="upper right", fontsize=11, framealpha=0.8)
     return [*lines, axes.axvline(0.5, color=VERMILION, lw=1.5, animated=True)]

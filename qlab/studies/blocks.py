@@ -1,34 +1,30 @@
 """Lesson 09's table: block formats in a language model. ``python -m qlab.studies.blocks``.
 
-The command puts each format in place of float32, judges the model on three texts, and writes ``blocks.json`` beside the
-samples: about six minutes on one core. The lesson loads the file and repeats rows.
+The command puts each format in place of float32 and judges the model on three texts; `qlab.studies.tables` writes
+``blocks.json``: about six minutes on one core. The lesson loads the file and repeats rows.
 
 Of weights, all that the 30 blocks multiply with are stored; embedding and head stay in float32. Of activations, what
 these weights read, at each call. "folded" has the gains of the norms in the weights; "rotated" is that, and turned by
 random Hadamard matrices at all of R1, R2 and R4.
 """
 
-import json
-import platform
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from qlab import blocks, samples, smollm
+from qlab import blocks, smollm
 from qlab.affine import absmax_params, fake_quantize, zero_point_params
-from qlab.evaluation import TEXTS, Comparison, Contrast, Judge, texts
+from qlab.evaluation import LENGTH, TEXTS, Judge, texts
 from qlab.floats import FP8_E4M3, FP16, decode, encode
-from qlab.spinquant import fold_gains, online, random_hadamard, rotate
+from qlab.spinquant import fold_gains, random_hadamard, rotate
+from qlab.studies.tables import Table
 
 SEQUENCES = 2
 JUDGED = TEXTS[:3]
 PLACES = list(product(range(30), smollm.SITES))
-_JSON = Path(samples.__file__).with_name("blocks.json")
 
 
 def through(fmt):
@@ -83,34 +79,19 @@ ROWS = (  # of the kind, the name and the place
     *product(["activations"], list(ACTIVATIONS)[2:], ["rotated"]),
     *product(["weights", "activations"], ["NVFP4"], ["folded"]),
 )
-PAIRS = (  # of names: the first divided by the second, at the same place
+_PAIRS = (  # of names: the first divided by the second, at the same place
     ("weights", "NVFP4", "MXFP4"), ("weights", "NVFP4", "int4 absmax, 32"), ("weights", "NVFP4", "Q4_0"),
     ("weights", "NF4, 64", "MXFP4"), ("weights", "int4 zero-point, 64", "MXFP4"),
     ("weights", "int4 absmax, 32", "MXFP4"), ("weights", "Q4_0", "MXFP4"), ("weights", "NVFP4", "NF4, 64"),
     ("activations", "FP8, tensor", "int8, tensor"),
     ("activations", "NVFP4", "MXFP4"), ("activations", "NVFP4", "int4, token"),
 )
-
-
-def load():
-    """The table as it is shipped: {"versions": …, "rows": {"weights, MXFP4, as it is": {"prose": …, …}, …}, …}.
-
-    Examples
-    --------
-    >>> round(load()["bits"]["MXFP4"], 2)
-    4.25
-    """
-    return json.loads(_JSON.read_text())
-
-
-def comparison(table, kind, name, place, text):
-    """One row of the table on one text, as `Judge.compare` gave it."""
-    return Comparison(**table["rows"][f"{kind}, {name}, {place}"][text])
-
-
-def contrast(table, first, second, text):
-    """Two rows of the table on one text, one divided by the other, as `Comparison.versus` gave it."""
-    return Contrast(**table["contrasts"][f"{first} / {second}"][text])
+CONTRASTS = [
+    *((f"{kind}, {a}, {place}", f"{kind}, {b}, {place}") for kind, a, b in _PAIRS for place in ("as it is", "rotated")
+      if {(kind, a, place), (kind, b, place)} <= {*ROWS}),
+    *((f"{kind}, {name}, {place}", f"{kind}, {name}, as it is") for kind, name, place in ROWS if place != "as it is"),
+    *((f"{kind}, NVFP4, rotated", f"{kind}, NVFP4, folded") for kind in ("weights", "activations")),
+]
 
 
 def stored(model, function):
@@ -135,42 +116,17 @@ def placed(model, place):
     return folded if place == "folded" else rotate(folded, random_hadamard(576, 0), random_hadamard(64, 0), r4=True)
 
 
-def row(judges, model, kind, name):
-    """One row of the table, computed now: a Comparison for each text."""
-    net = stored(model, WEIGHTS[name][1]) if kind == "weights" else model
-    functions = acting(ACTIVATIONS[name]) if kind == "activations" else {}
-    with smollm.inserted(net, online(net, functions)):
-        return {text: judge.compare(net) for text, judge in judges.items()}
-
-
 def main():
     model = smollm.load()
     given = texts(model)
     judges = {text: Judge(model, given[text][:SEQUENCES]) for text in JUDGED}
-    found, net, at = {}, model, "as it is"
-    for kind, name, place in tqdm(ROWS):
+    table = Table("blocks", judges, CONTRASTS, tokens=SEQUENCES * LENGTH)
+    net, at = model, "as it is"
+    for kind, name, place in ROWS:
         if place != at:
             net, at = placed(model, place), place
-        found[f"{kind}, {name}, {place}"] = row(judges, net, kind, name)
-    names = [(f"{kind}, {a}, {place}", f"{kind}, {b}, {place}")
-             for kind, a, b in PAIRS for place in ("as it is", "rotated")]
-    names += [(f"{kind}, {name}, {place}", f"{kind}, {name}, as it is") for kind, name, place in ROWS
-              if place != "as it is"]
-    names += [(f"{kind}, NVFP4, rotated", f"{kind}, NVFP4, folded") for kind in ("weights", "activations")]
-    numbers = ("ratio", "low", "high", "kl", "kl_low", "kl_high")
-    table = {
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "tokens": SEQUENCES * given["prose"].shape[1],
-        "bits": {name: bits for name, (bits, _) in WEIGHTS.items()},
-        "rows": {name: {text: {number: float(f"{getattr(result, number):.4g}") for number in (*numbers, "agreement")}
-                        for text, result in by_text.items()} for name, by_text in found.items()},
-        "contrasts": {f"{a} / {b}": {
-            text: {number: float(f"{value:.4g}")
-                   for number, value in asdict(found[a][text].versus(found[b][text])).items()} for text in JUDGED}
-            for a, b in names if a in found and b in found},
-    }
-    _JSON.write_text(json.dumps(table, indent=0) + "\n")
-    print(f"{len(found)} rows written to {_JSON.name}")
+        other = stored(net, WEIGHTS[name][1]) if kind == "weights" else net
+        table.add(f"{kind}, {name}, {place}", other, acting(ACTIVATIONS[name]) if kind == "activations" else {})
 
 
 if __name__ == "__main__":

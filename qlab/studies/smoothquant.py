@@ -8,8 +8,6 @@ one scale for each row of the weights, and α = 0.7 where nothing else is said, 
 their rows at each α, for `qlab.samples.largest_weights`.
 """
 
-import json
-import platform
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +15,8 @@ import numpy as np
 import torch
 
 from qlab import outliers, samples, smollm, smoothquant
-from qlab.evaluation import TEXTS, Comparison, Contrast, Judge, texts
+from qlab.evaluation import LENGTH, TEXTS, Judge, texts
+from qlab.studies.tables import Table
 
 ALPHA, ALPHAS = 0.7, [round(0.1 * i, 1) for i in range(11)]
 CALIBRATION, SEQUENCES = 8, 4
@@ -31,21 +30,6 @@ CONTRASTS = [  # the one, the other: what the lesson says of the two
     ("O2, smoothed, token 0 in float", "O2, none, token 0 in float"), ("int8, smoothed", "int8"),
     ("int8, smoothed, down in float", "int8, smoothed"), ("int8, smoothed, one scale per matrix", "int8"),
 ]
-_FOLDER = Path(samples.__file__).parent
-
-
-def load():
-    """What was measured: {(name, text): Comparison} and {(name, other name, text): Contrast}.
-
-    Examples
-    --------
-    >>> compared, contrasts = load()
-    >>> compared["O1, smoothed", "code"].kl < compared["O2, smoothed", "code"].kl
-    True
-    """
-    table = json.loads((_FOLDER / "smoothquant.json").read_text(encoding="utf-8"))
-    return ({(name, text): Comparison(*numbers) for name, text, *numbers in table["compared"]},
-            {(name, other, text): Contrast(*numbers) for name, other, text, *numbers in table["contrasts"]})
 
 
 def kinds(model, found):
@@ -103,32 +87,16 @@ def largest_weights(model, place, x):
 def main():
     torch.set_num_threads(1)  # sums in a fixed order
     model = smollm.load()
-    np.savez_compressed(_FOLDER / "smoothing.npz", **{
+    np.savez_compressed(Path(samples.__file__).with_name("smoothing.npz"), **{
         f"{layer}_{site}_{name}": array for (layer, site), (x, _) in samples.products().items()
         for name, array in largest_weights(model, (layer, site), x).items()})
 
     tokens = texts(model)
     found = outliers.statistics(model, tokens["calibration"][:CALIBRATION])
     judges = {text: Judge(model, tokens[text][:SEQUENCES]) for text in TEXTS[:3]}
-    compared = {}
-    for name, other, functions in kinds(model, found):
-        with smollm.inserted(other, functions):
-            for text, judge in judges.items():
-                compared[name, text] = judge.compare(other)
-                print(f"{name}, {text}: {compared[name, text]}", flush=True)
-    table = {
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "tokens": SEQUENCES * tokens["prose"].shape[1],
-        "compared": [[*key, *_numbers(one), round(one.agreement, 4)] for key, one in compared.items()],
-        "contrasts": [[name, other, text, *_numbers(compared[name, text].versus(compared[other, text]))]
-                      for name, other in CONTRASTS for text in judges],
-    }
-    text = json.dumps(table, ensure_ascii=False).replace("], [", "],\n[")
-    (_FOLDER / "smoothquant.json").write_text(text + "\n", encoding="utf-8")
-
-
-def _numbers(one):
-    return [float(f"{x:.5g}") for x in (one.ratio, one.low, one.high, one.kl, one.kl_low, one.kl_high)]
+    table = Table("smoothquant", judges, CONTRASTS, tokens=SEQUENCES * LENGTH)
+    for method in kinds(model, found):
+        table.add(*method)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ By default it judges on 16,896 tokens with five seeds: hours on two cores. What 
 
     python -m qlab.studies.spinquant --sequences 2 --seeds 3 --end-to-end 0
 
-and says so under "run". After each row, what has been found so far is written.
+and says so under "run".
 
 Activations: weights have 8 bits, one scale for each row; activations 4 bits, dynamic, one range for each token. That is
 where a model of 135 million parameters shows what rotations do: at 8 bits per token little is lost to begin with.
@@ -17,14 +17,11 @@ Weights: 4 bits, one scale for each row, rounded to nearest, and activations in 
 """
 
 import argparse
-import json
-import platform
 import time
 from functools import partial
 from itertools import product
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -32,7 +29,7 @@ from torch import nn
 
 from qlab import evaluation, outliers, samples, smollm, smoothquant
 from qlab.affine import check_integer
-from qlab.evaluation import Comparison, Contrast, Judge
+from qlab.evaluation import Judge
 from qlab.outliers import dynamic_quantizers
 from qlab.smollm import check_tokens
 from qlab.spinquant import (
@@ -48,6 +45,7 @@ from qlab.spinquant import (
     random_orthogonal,
     rotate,
 )
+from qlab.studies.tables import Table
 
 ACTIVATIONS, WEIGHTS, CACHE_4, CACHE_3 = "activations", "weights", "cache, 4 bits", "cache, 3 bits"
 HADAMARD, LEARNED, END_TO_END = "Hadamard R1 R2 R4", "learned R1, same R2 R4", "end to end R1 R2 R4"
@@ -57,7 +55,7 @@ METHODS = {
     WEIGHTS: ("as loaded", "gains folded", HADAMARD, LEARNED),
     CACHE_4: ("per token", "R3", "keys per channel"), CACHE_3: ("per token", "R3", "keys per channel"),
 }
-CONTRASTS = (
+CONTRASTS = [(f"{part}: {one}", f"{part}: {than}") for part, one, than in (
     (ACTIVATIONS, HADAMARD, "smoothed"), (ACTIVATIONS, HADAMARD, "Hadamard R1 R2"),
     (ACTIVATIONS, "orthogonal R1 R2 R4", HADAMARD), (ACTIVATIONS, LEARNED, HADAMARD),
     (ACTIVATIONS, END_TO_END, HADAMARD), (ACTIVATIONS, END_TO_END, LEARNED),
@@ -66,81 +64,14 @@ CONTRASTS = (
     (WEIGHTS, LEARNED, HADAMARD), (WEIGHTS, LEARNED, "as loaded"),
     *((part, *pair) for part in (CACHE_4, CACHE_3)
       for pair in (("R3", "per token"), ("keys per channel", "R3"))),
-)
+)]
 WEIGHT_BITS, BITS = 8, 4
 PER_SITE, STEPS = 1024, 200
 END_TO_END_STEPS = 60
 CHANNELS, HEAD_DIM, LAYERS = smollm.Sizes.hidden_size, smollm.Sizes.head_dim, smollm.Sizes.num_hidden_layers
 PLACES = tuple(product(range(LAYERS), smollm.SITES))
 _TO_LEARN, _HELD_OUT = slice(8), slice(8, 10)  # sequences of the calibration text
-_JSON = Path(samples.__file__).with_name("spinquant.json")
 _ROTATION = Path(samples.__file__).with_name("spinquant_r1.safetensors")
-
-
-def load():
-    """The table as it is shipped: {"versions": …, "run": …, "learning": […], "rows": […], "contrasts": […]}.
-
-    Examples
-    --------
-    >>> {"part", "method", "seed", "text", "kl", "kl_low", "kl_high"} < set(load()["rows"][0])
-    True
-    """
-    return json.loads(_JSON.read_text())
-
-
-def row(part, method, text):
-    """What the table has of a method on one text: the mean over its seeds, and the hull of their intervals.
-
-    Parameters
-    ----------
-    part, method : str
-        As in ``METHODS``; or ``END_TO_END``.
-    text : str, of `qlab.evaluation.TEXTS`
-
-    Returns
-    -------
-    Comparison
-
-    Raises
-    ------
-    ValueError
-        If the table has no such row.
-
-    Examples
-    --------
-    >>> row("weights", "as loaded", "prose").kl < row("weights", "gains folded", "prose").kl
-    True
-    """
-    found = _entries("rows", part=part, method=method, text=text)
-    return Comparison(**_hull(found), agreement=float(np.mean([entry["agreement"] for entry in found])))
-
-
-def contrast(part, method, than, text):
-    """One method of the table against another on one text, seed by seed, put together as by `row`.
-
-    Returns
-    -------
-    Contrast
-
-    Examples
-    --------
-    >>> contrast("activations", "orthogonal R1 R2 R4", "Hadamard R1 R2 R4", "prose").kl > 1
-    True
-    """
-    return Contrast(**_hull(_entries("contrasts", part=part, method=method, than=than, text=text)))
-
-
-def _entries(kind, **wanted):
-    found = [entry for entry in load()[kind] if wanted.items() <= entry.items()]
-    if not found:
-        raise ValueError(f"the table must have {kind} of {', '.join(wanted.values())}, it has none")
-    return found
-
-
-def _hull(entries):
-    return {name: float(of([entry[name] for entry in entries]))
-            for name, of in (("ratio", np.mean), ("low", min), ("high", max),
-                             ("kl", np.mean), ("kl_low", min), ("kl_high", max))}
 
 
 def learned_rotation():
@@ -231,42 +162,6 @@ def rotated(folded, method, seed, r1=None):
     return rotate(folded, make(CHANNELS, seed) if r1 is None else r1, r2_of(make, seed), r4=method.endswith("R4"))
 
 
-class _Table:
-    """Comparisons as they are found; what there is of them is written each time."""
-
-    def __init__(self, judges, **about):
-        self._judges, self._found = judges, {}
-        self._table = about | {"rows": [], "contrasts": []}
-
-    def add(self, part, method, seed, model):
-        """Judge a model on each text, and contrast it with those that came before."""
-        for text, judge in self._judges.items():
-            self._found[part, method, seed, text] = found = judge.compare(model)
-            print(f"{part:14} {method:24} {seed} {text:14} {found}", flush=True)
-            about = {"part": part, "method": method, "seed": seed, "text": text}
-            self._table["rows"].append(about | _numbers(found))
-            for than in (than for *pair, than in CONTRASTS if pair == [part, method]):
-                of_this_seed, of_any = ((part, than, which, text) for which in (seed, 0))
-                other = self._found.get(of_this_seed) or self._found[of_any]
-                self._table["contrasts"].append(about | {"than": than} | _numbers(found.versus(other)))
-        _JSON.write_text(json.dumps(self._table, indent=0) + "\n")
-
-    def add_activations(self, method, seed, model, functions):
-        model = smollm.quantize_weights(model, WEIGHT_BITS, per_channel=True)
-        with smollm.inserted(model, online(model, functions)):
-            self.add(ACTIVATIONS, method, seed, model)
-
-    def add_weights(self, method, seed, model):
-        model = smollm.quantize_weights(model, 4, per_channel=True)
-        with smollm.inserted(model, online(model)):
-            self.add(WEIGHTS, method, seed, model)
-
-
-def _numbers(found):
-    names = ("kl", "kl_low", "kl_high", "ratio", "low", "high", *["agreement"] * isinstance(found, Comparison))
-    return {name: float(f"{getattr(found, name):.4g}") for name in names}
-
-
 def learn(inputs, seed):
     """The last step of learning R1 on `proxy_inputs`, from a random Hadamard matrix."""
     *_, last = learn_rotation(inputs, start=random_hadamard(CHANNELS, seed), steps=STEPS, seed=seed)
@@ -284,23 +179,28 @@ def main():
     calibration = texts.pop("calibration")
     judges = {text: Judge(model, tokens[:run["sequences"]]) for text, tokens in texts.items()}
     learning, end_to_end = [], []
-    table = _Table(judges, versions={"python": platform.python_version(), "torch": torch.__version__},
-                   run=run | {"length": evaluation.LENGTH}, weight_bits=WEIGHT_BITS, activation_bits=BITS, steps=STEPS,
-                   learning=learning, end_to_end=end_to_end)
+    table = Table("spinquant", judges, CONTRASTS, run=run | {"length": evaluation.LENGTH}, weight_bits=WEIGHT_BITS,
+                  activation_bits=BITS, steps=STEPS, learning=learning, end_to_end=end_to_end)
     per_token = dynamic_quantizers("token", BITS, places=PLACES)
+
+    def add_weights(method, net, seed=0):
+        table.add(f"{WEIGHTS}: {method}", smollm.quantize_weights(net, 4, per_channel=True), seed=seed)
+
+    def add_activations(method, net, seed=0, functions=per_token):
+        net = smollm.quantize_weights(net, WEIGHT_BITS, per_channel=True)
+        table.add(f"{ACTIVATIONS}: {method}", net, functions, seed)
 
     for part, bits in ((CACHE_4, 4), (CACHE_3, 3)):
         for method, options in zip(METHODS[part], ({}, {"r3": True}, {"keys": "channel"}), strict=True):
-            with smollm.inserted(model, kv_quantizers(model, bits, **options)):
-                table.add(part, method, 0, model)
+            table.add(f"{part}: {method}", model, kv_quantizers(model, bits, **options))
     folded = fold_gains(model)
-    table.add_weights("as loaded", 0, model)
-    table.add_weights("gains folded", 0, folded)
-    table.add_activations("no rotation", 0, model, per_token)
-    table.add_activations("groups of 32", 0, model,
-                          dynamic_quantizers("group", BITS, places=PLACES, group_size=32))
+    add_weights("as loaded", model)
+    add_weights("gains folded", folded)
+    add_activations("no rotation", model)
+    in_groups = dynamic_quantizers("group", BITS, places=PLACES, group_size=32)
+    add_activations("groups of 32", model, functions=in_groups)
     found = outliers.statistics(model, calibration[:4])
-    table.add_activations("smoothed", 0, smoothquant.smooth(model, found, 0.7, sites=smoothquant.PAIRS), per_token)
+    add_activations("smoothed", smoothquant.smooth(model, found, 0.7, sites=smoothquant.PAIRS))
 
     inputs, held_out = (proxy_inputs(folded, calibration[part], per_site=PER_SITE) for part in (_TO_LEARN, _HELD_OUT))
     for seed in range(run["seeds"]):
@@ -313,9 +213,9 @@ def main():
             save_file({"r1": r1.contiguous()}, _ROTATION)
         for method in METHODS[ACTIVATIONS][3:]:
             turned = rotated(folded, method, seed, r1 if method == LEARNED else None)
-            table.add_activations(method, seed, turned, per_token)
+            add_activations(method, turned, seed)
             if method in METHODS[WEIGHTS]:
-                table.add_weights(method, seed, turned)
+                add_weights(method, turned, seed)
             del turned  # half a gigabyte
 
     for seed in range(run["end_to_end"]):
@@ -323,7 +223,7 @@ def main():
         *_, last = learn_end_to_end(folded, calibration[_TO_LEARN], r1=random_hadamard(CHANNELS, seed),
                                     r2=r2_of(random_hadamard, seed), bits=BITS, steps=END_TO_END_STEPS, seed=seed)
         end_to_end.append({"seed": seed, "steps": END_TO_END_STEPS, "seconds": round(time.perf_counter() - start)})
-        table.add_activations(END_TO_END, seed, rotate(folded, last.rotation, last.r2, r4=True), per_token)
+        add_activations(END_TO_END, rotate(folded, last.rotation, last.r2, r4=True), seed)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from qlab import samples
 from qlab.explorers import smoothing
 from qlab.explorers.smoothquant import ALPHAS, OFF, PRINTED, RIGHT, TENSOR, VECTOR
 from qlab.studies import smoothquant as study
+from qlab.studies.tables import load
 from tests.explorers.checks import (
     assert_compute_draws_nothing,
     assert_pairs_meet,
@@ -241,15 +242,15 @@ def test_the_ends_of_alpha():
 
 @pytest.mark.usefixtures("unseen")
 def test_the_whole_model_over_alpha_is_that_of_the_study():
-    compared, _ = study.load()
+    found = load("smoothquant")
     axes = next(axes for axes in put(direction=RIGHT, alpha=0.3).figure.axes if "whole model" in axes.get_title())
     *texts, off, now = axes.lines
     for line in texts:
-        expected = [compared[f"α {alpha}", line.get_label()].kl for alpha in study.ALPHAS]
+        expected = [found.row(f"α {alpha}", line.get_label()).kl for alpha in study.ALPHAS]
         np.testing.assert_array_equal(line.get_ydata(), expected)
         assert line.get_visible()
     assert list(now.get_xdata()) == [0.3, 0.3]
-    kls = [compared["none", line.get_label()].kl for line in texts]
+    kls = [found.row("none", line.get_label()).kl for line in texts]
     assert min(kls) <= off.get_ydata()[0] <= max(kls)
     for direction in (OFF, PRINTED):
         put(direction=direction)

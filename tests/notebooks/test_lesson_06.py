@@ -6,8 +6,10 @@ import pytest
 from qlab.explorers import smoothing
 from qlab.explorers.smoothquant import ALPHAS, PRINTED, RIGHT, TENSOR, VECTOR
 from qlab.studies import smoothquant as study
+from qlab.studies.tables import load
 from tests.notebooks.measured import intervals
 
+SHIPPED = load("smoothquant")
 TEXTS = ("prose", "code", "documentation")
 
 
@@ -43,11 +45,10 @@ def test_the_verdict():
 
 def test_the_study_and_the_lesson_measure_the_same():
     """The lesson's tokens are the first half of the study's."""
-    compared, _ = study.load()
     for line, name in (("code, none:", "none"), ("code, smoothed: KL", "α 0.7"), ("int8: KL", "int8"),
                        ("int8, smoothed: KL", "int8, smoothed")):
         (_, low, high), _ = intervals("06", line)
-        assert low < compared[name, "code"].kl_high and compared[name, "code"].kl_low < high
+        assert low < SHIPPED.row(name, "code").kl_high and SHIPPED.row(name, "code").kl_low < high
 
 
 def test_other_alphas():
@@ -119,11 +120,10 @@ def test_what_is_seen_in_the_figure(figure):
 
 
 def test_the_whole_model_in_the_figure():
-    compared, _ = study.load()
     for text in TEXTS:
-        kl = {alpha: compared[f"α {alpha}", text] for alpha in study.ALPHAS}
+        kl = {alpha: SHIPPED.row(f"α {alpha}", text) for alpha in study.ALPHAS}
         least = [alpha for alpha, one in kl.items() if one.kl <= min(other.kl_high for other in kl.values())]
         assert np.isclose(study.ALPHA, least).any()
         assert text == "prose" or min(kl, key=lambda alpha: kl[alpha].kl) == study.ALPHA
-        assert all(kl[alpha].kl_low > compared["none", text].kl_high for alpha in (0.0, 0.1, 0.2))
-    assert compared["α 0.6", "prose"].kl_high > compared["α 0.7", "prose"].kl_low
+        assert all(kl[alpha].kl_low > SHIPPED.row("none", text).kl_high for alpha in (0.0, 0.1, 0.2))
+    assert SHIPPED.row("α 0.6", "prose").kl_high > SHIPPED.row("α 0.7", "prose").kl_low

@@ -3,9 +3,10 @@
 import pytest
 
 from qlab.exercises.spinquant import PREDICTIONS
-from qlab.studies import spinquant as study
+from qlab.studies.tables import load
 from tests.notebooks.measured import intervals
 
+SHIPPED = load("spinquant")
 TEXTS = ("prose", "code", "documentation")
 HADAMARD, LEARNED = "Hadamard R1 R2 R4", "learned R1, same R2 R4"
 
@@ -59,7 +60,7 @@ def test_learning_is_resolved_by_perplexity_on_code_alone():
 
 def test_most_of_the_way_was_made_by_the_first_hadamard_matrix():
     for text in TEXTS:
-        none, hadamard, learned = (study.row("activations", method, text).kl
+        none, hadamard, learned = (SHIPPED.row(f"activations: {method}", text).kl
                                    for method in ("no rotation", HADAMARD, LEARNED))
         assert none - hadamard > 10 * (hadamard - learned)
 
@@ -74,11 +75,12 @@ def test_what_is_measured_live_agrees():
 
 
 def test_the_predictions_have_the_answers_that_the_tables_give():
-    by_channel = [study.contrast("cache, 3 bits", "keys per channel", "R3", text) for text in TEXTS]
-    folded, loaded = (study.row("weights", method, "prose").kl for method in (HADAMARD, "as loaded"))
-    learned = study.load()["learning"][0]
+    by_channel = [SHIPPED.contrast("cache, 3 bits: keys per channel", "cache, 3 bits: R3", text) for text in TEXTS]
+    folded, loaded = (SHIPPED.row(f"weights: {method}", "prose").kl for method in (HADAMARD, "as loaded"))
+    learned = SHIPPED.about["learning"][0]
     for name, value, answer in (
-        ("a rotation or groups", study.contrast("activations", HADAMARD, "groups of 32", "prose"), "no rotation"),
+        ("a rotation or groups",
+         SHIPPED.contrast(f"activations: {HADAMARD}", "activations: groups of 32", "prose"), "no rotation"),
         ("four-bit weights, turned", folded / loaded, "twice as large or more"),
         ("two hundred steps", learned["held_out_after"] / learned["held_out_before"], "by nearly half"),
         ("keys at 3 bits", by_channel, "keys per channel"),

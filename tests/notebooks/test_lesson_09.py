@@ -12,9 +12,11 @@ from qlab.affine import sqnr_db
 from qlab.blocks import MXFP4, NVFP4, Q4_0, dequantize, quantize
 from qlab.floats import FP4_E2M1, decode
 from qlab.studies import blocks as study
+from qlab.studies.tables import load
 from tests import golden_blocks
 from tests.notebooks.measured import intervals
 
+SHIPPED = load("blocks")
 TEXT = " ".join(" ".join(cell.source for cell in nbformat.read(next(
     Path(__file__).parents[2].joinpath("notebooks").glob("09_*.ipynb")), 4).cells).split())
 
@@ -37,9 +39,8 @@ def test_as_it_is_nvfp4_is_ahead_of_all_at_4_5_bits_and_mxfp4_last():
     for other in ("Q4_0", "int4 absmax, 32", "NF4, 64"):
         assert all(below_1(of(f"NVFP4 / {other}")))
     assert all(below_1(of("int4 absmax, 32 / MXFP4")))
-    table = study.load()
     for name, text in product(list(study.WEIGHTS)[1:-1], study.JUDGED):
-        assert study.contrast(table, f"weights, {name}, as it is", "weights, MXFP4, as it is", text).kl_high < 1
+        assert SHIPPED.contrast(f"weights, {name}, as it is", "weights, MXFP4, as it is", text).kl_high < 1
 
 
 def test_after_the_rotation_most_of_it_is_not_resolved():
@@ -51,14 +52,13 @@ def test_after_the_rotation_most_of_it_is_not_resolved():
 
 
 def test_every_format_is_worse_after_the_rotation_by_these_factors():
-    table = study.load()
-    found = [study.contrast(table, f"weights, {name}, rotated", f"weights, {name}, as it is", text)
+    found = [SHIPPED.contrast(f"weights, {name}, rotated", f"weights, {name}, as it is", text)
              for name in list(study.WEIGHTS)[:-1] for text in study.JUDGED]
     assert all(contrast.kl_low > 1 for contrast in found)
     assert (round(min(c.kl for c in found), 1), round(max(c.kl for c in found), 1)) == (1.6, 3.3)
     for text in study.JUDGED:
-        folded = study.contrast(table, "weights, NVFP4, folded", "weights, NVFP4, as it is", text).kl
-        rotated = study.contrast(table, "weights, NVFP4, rotated", "weights, NVFP4, folded", text).kl
+        folded = SHIPPED.contrast("weights, NVFP4, folded", "weights, NVFP4, as it is", text).kl
+        rotated = SHIPPED.contrast("weights, NVFP4, rotated", "weights, NVFP4, folded", text).kl
         assert 1.6 * folded < rotated
 
 
@@ -82,10 +82,9 @@ def test_nvfp4_has_less_than_half_of_mxfp4s_divergence():
 
 
 def test_the_rows_that_are_measured_again_are_those_of_the_table():
-    table = study.load()
     for line, kind, name in (("MXFP4:", "weights", "MXFP4"), ("NVFP4:", "weights", "NVFP4"),
                              ("FP8, tensor:", "activations", "FP8, tensor")):
-        shipped = study.comparison(table, kind, name, "as it is", "code")
+        shipped = SHIPPED.row(f"{kind}, {name}, as it is", "code")
         assert intervals("09", line)[0][0] == pytest.approx(shipped.kl, rel=0.02)
 
 
