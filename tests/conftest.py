@@ -2,6 +2,7 @@
 
 import os
 import re
+from itertools import groupby
 from pathlib import Path
 
 import hypothesis
@@ -56,10 +57,19 @@ class Measured:
             assert not found, "\n".join(found)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Files that take long come first, so that no worker waits for the other; browser tests share what they start."""
+    """Files that take long come first, so that no worker waits for the other; browser tests share what they start.
+
+    Of a figure's test with many settings, the first, the last and every third are run; the rest are ``long``.
+    """
     first = ("tests/browser/", "notebooks/")
     items.sort(key=lambda item: [not item.nodeid.startswith(folder) for folder in first])
+    figures = (item for item in items if item.nodeid.startswith("tests/explorers/") and "[" in item.nodeid)
+    for _, settings in groupby(figures, lambda item: item.nodeid.partition("[")[0]):
+        *rest, _ = settings
+        for item in (item for place, item in enumerate(rest) if place % 3):
+            item.add_marker("long")
 
 
 def pytest_configure(config):

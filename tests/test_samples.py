@@ -170,6 +170,7 @@ def test_the_outliers_are_small_files():
     assert sum(sizes) <= 1_200_000
 
 
+@pytest.mark.long
 def test_products_are_those_of_the_real_model(monkeypatch, tmp_path):
     monkeypatch.setattr(script, "FOLDER", tmp_path)
     monkeypatch.setattr(sys, "argv", ["samples"])

@@ -263,6 +263,8 @@ def test_the_weights_are_those_of_the_file(model, gguf):
     state = model.state_dict()
     assert len(gguf.tensors) == len(state) - 1 == 272  # the head is the embedding
     for tensor in gguf.tensors:
+        if tensor.name.startswith("blk.") and tensor.name.split(".")[1] not in ("0", "13", "29"):
+            continue  # the file's hash is known; to decode it all takes ten seconds
         *block, theirs = tensor.name.removesuffix(".weight").split(".")
         ours = state[".".join([*(["blocks", block[1]] if block else []), names[theirs], "weight"])].numpy()
         if theirs in ("attn_q", "attn_k"):
@@ -374,22 +376,21 @@ def test_sites_are_where_transformers_has_them(model, reference):
     assert torch.equal(logits, model(tokens))  # looking changed nothing
 
 
-@pytest.mark.parametrize("layer", [0, SIZES.num_hidden_layers - 1])
+@pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("site", SITES + CACHE_SITES)
-def test_what_stands_at_a_site_acts(model, site, layer):
-    tokens = some_tokens(1, 6, seed=4)
-    with torch.inference_mode():
-        whole = model(tokens)
-        with inserted(model, {(layer, site): torch.neg}) as same:
-            assert same is model
-            by_function = model(tokens)
-        module = nn.Module()
-        module.forward = torch.neg
-        with inserted(model, {(layer, site): module}):
-            assert getattr(model.blocks[layer], site) is module
-            assert torch.equal(model(tokens), by_function)
-        assert not torch.allclose(by_function, whole, atol=1e-3)
-        assert torch.equal(model(tokens), whole)
+def test_what_stands_at_a_site_acts(site, layer):
+    model, tokens = small_model(), small_tokens(1, 6, seed=4)
+    whole = model(tokens)
+    with inserted(model, {(layer, site): torch.neg}) as same:
+        assert same is model
+        by_function = model(tokens)
+    module = nn.Module()
+    module.forward = torch.neg
+    with inserted(model, {(layer, site): module}):
+        assert getattr(model.blocks[layer], site) is module
+        assert torch.equal(model(tokens), by_function)
+    assert not torch.allclose(by_function, whole, atol=1e-3)
+    assert torch.equal(model(tokens), whole)
 
 
 def test_what_a_cache_stores_went_through_its_sites(model):

@@ -1,11 +1,12 @@
 """A figure in the hand: taken in the picture by mouse and touch, moved by its sliders, whatever the browser's delay."""
 
 import json
+from functools import cached_property
 
 import pytest
 from nbformat.v4 import new_markdown_cell
 
-from tests.browser.lab import ask_kernel
+from tests.browser.lab import Desk, ask_kernel, jupyterlab
 from tests.browser.test_browser import Figure  # which skips this module, too, where there is no browser
 
 FIGURE = """
@@ -72,12 +73,15 @@ SCROLLED = "() => document.querySelector('.jp-WindowedPanel-outer').scrollTop"
 class Box(Figure):
     """The figure of this module."""
 
+    @cached_property
+    def axes(self):
+        return self.kernel("figure.axes[0].get_position().bounds")
+
     def at(self, x, y):
         """The place of a point of the data on the page."""
-        share = self.kernel(f"figure.axes[0].transData.transform(({x}, {y})).tolist()")
-        size = self.kernel("figure.bbox.size.tolist()")
-        box = self.image().bounding_box()
-        return box["x"] + box["width"] * share[0] / size[0], box["y"] + box["height"] * (1 - share[1] / size[1])
+        (left, bottom, width, height), box = self.axes, self.image().bounding_box()
+        return (box["x"] + box["width"] * (left + width * (x + 2) / 4),
+                box["y"] + box["height"] * (1 - bottom - height * y))
 
     def drag(self, start, *stops, steps=10):
         mouse = self.page.mouse
@@ -120,17 +124,25 @@ class Box(Figure):
             assert shown == value
 
 
-@pytest.fixture(scope="module")
-def page(desk):
+def shown(desk):
     page = desk.show("hands.ipynb", FIGURE, "box = make()\nbox", new_markdown_cell("a long page\n\n" * 60))
     page.locator(".qlab-frame img").wait_for()
     return page
 
 
+def box_on(page):
+    return Box(page, page.locator(".jp-OutputArea-output", has=page.locator(".qlab-frame")).first, "box")
+
+
+@pytest.fixture(scope="module")
+def page(desk):
+    return shown(desk)
+
+
 @pytest.fixture
 def box(page):
     """The figure, as at first, by its Reset."""
-    box = Box(page, page.locator(".jp-OutputArea-output", has=page.locator(".qlab-frame")).first, "box")
+    box = box_on(page)
     box.output.get_by_role("button", name="Reset").click()
     box.wait_for(alpha=-1, beta=1, height=0.5)
     ask_kernel(page, "box.errors.clear()")
@@ -197,11 +209,8 @@ def test_the_cursor_and_the_tip_tell_what_is_there(box):
     box.page.wait_for_function("tip => tip.textContent === 'x = 1.70'", arg=tip.element_handle())
 
 
-def test_a_late_browser(box, late=600):
-    """Chips, new limits, coupled sliders and a drag: the last word is the hand's, and then there is rest.
-
-    A message and its answer take longer than a second.
-    """
+def late_browser(box, late):
+    """Chips, new limits, coupled sliders and a drag, with messages that take so many ms in each direction."""
     box.page.evaluate("late => { window.late = late; }", late)
     box.output.get_by_role("button", name="tiny").click()
     box.wait_for(alpha=-0.3, beta=0.3)
@@ -216,16 +225,45 @@ def test_a_late_browser(box, late=600):
     box.assert_sound()
 
 
-def test_a_chip_and_a_key_at_once(box):
-    """They are handled on two threads of the kernel."""
+def chip_and_key(box, gap):
+    """At once, or nearly: they are handled on two threads of the kernel."""
     chip = box.output.get_by_role("button", name="odd").element_handle()
+    box.handle("height").focus()
+    chip.evaluate("chip => chip.click()")
+    box.page.wait_for_timeout(gap)
+    box.page.keyboard.press("ArrowRight")
+
+
+def test_a_late_browser(box):
+    """The last word is the hand's, and then there is rest."""
+    late_browser(box, 300)
+
+
+def test_a_chip_and_a_key_at_once(box):
     for gap in range(0, 100, 10):
-        box.handle("height").focus()
-        chip.evaluate("chip => chip.click()")
-        box.page.wait_for_timeout(gap)
-        box.page.keyboard.press("ArrowRight")
+        chip_and_key(box, gap)
     box.wait_for(alpha=-0.123456, beta=0.654321, height=0.6)
     box.assert_sound()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(10))
+def test_whatever_the_order_of_sets_and_the_delay(browser, tmp_path, monkeypatch, seed):
+    """ipywidgets' sets of traits come in an order that the seed gives."""
+    monkeypatch.setenv("PYTHONHASHSEED", str(seed))
+    with jupyterlab(tmp_path) as address:
+        page = browser.new_page()
+        box = box_on(shown(Desk(page, address, tmp_path)))
+        for late in (0, 150, 750):
+            late_browser(box, late)
+            box.output.get_by_text("linked").click()
+            box.output.get_by_role("button", name="Reset").click()
+            box.wait_for(alpha=-1, beta=1, height=0.5)
+        for gap in range(0, 100, 10):
+            chip_and_key(box, gap)
+        box.wait_for(alpha=-0.123456, beta=0.654321, height=0.6)
+        box.assert_sound()
+        page.close()
 
 
 def test_keys_and_typing_on_a_slider(box):

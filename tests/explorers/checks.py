@@ -47,14 +47,21 @@ def figures(makers, start):
     return shared, put
 
 
+def between(low, high, places=7):
+    """Both ends, and a place in each of some equal parts of what lies between."""
+    parts = (np.arange(places) + np.random.default_rng(0).random(places)) / places
+    return [low, *(low + (high - low) * parts).tolist(), high]
+
+
 def sweep(control):
-    """The values that a hand can give to a control, from one end to the other."""
+    """The values that a hand can give to a control, from one end to the other: all, or some if they are many."""
     if isinstance(control, widgets.FloatLogSlider):
-        return (control.base ** np.linspace(control.min, control.max, 16)).tolist()
+        return [control.base ** place for place in between(control.min, control.max)]
     if isinstance(control, widgets.IntSlider):
-        return list(range(control.min, control.max + 1))
+        few = control.max - control.min < 9
+        return list(range(control.min, control.max + 1)) if few else [*map(round, between(control.min, control.max))]
     if isinstance(control, widgets.FloatSlider):
-        return np.linspace(control.min, control.max, 16).tolist()
+        return between(control.min, control.max)
     if isinstance(control, widgets.Text):
         return TYPED
     if isinstance(control, widgets.Checkbox):

@@ -78,6 +78,7 @@ def test_an_import_of_another_figure_is_noticed(source, found):
     assert other_figures(source, "ptq") == found
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("figure", [explorers.mapping, explorers.clipping, explorers.granularity])
 def test_own_data_is_an_array_a_tensor_or_the_path_of_a_file(figure, tmp_path):
     x = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)

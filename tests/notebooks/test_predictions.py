@@ -11,6 +11,7 @@ import pytest
 from qlab import exercises
 from qlab.exercises import checking, predicting
 from qlab.exercises.predicting import Number, Question
+from tests.explorers.checks import without_pixels
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 QUESTION = re.compile(r"\*\*Predict(\.|:)?\*\*")
@@ -67,9 +68,10 @@ def asked(request):
     code = [cell.source for cell in cells if cell.cell_type == "code" and "long" not in cell.metadata.get("tags", [])]
     last = max(place for place, source in enumerate(code) if ASKS.search(source))
     scope = {"__name__": "__main__"}
-    for source in code[:last + 1]:  # without the training: its end is in a table that ships
-        exec(source.replace("async for _ in run:", "for _ in ():"), scope)
-    yield dict(checking.ASKED)
+    with without_pixels():
+        for source in code[:last + 1]:  # without the training: its end is in a table that ships
+            exec(source.replace("async for _ in run:", "for _ in ():"), scope)
+        yield dict(checking.ASKED)
     checking.ASKED.clear()
     checking.ASKED.update(before)
     predicting._ALL_SHOWN[:] = shown
