@@ -26,25 +26,13 @@ PREDICTIONS = {
         move="Type the numbers with their signs turned into data, and choose zero-point."),
     "one bit less": Question(
         "2. From 8 bits to 7, the MSE becomes", (
-            Option("twice as large", lambda ratio: ratio < 3, "The step doubles, and so do the errors. The MSE is "
-                   "the mean of their squares."),
+            Option("twice as large", lambda ratio: ratio < 3, "The step about doubles, and so do the errors. The "
+                   "MSE is the mean of their squares."),
             Option("about four times as large", lambda ratio: 3 <= ratio < 6),
             Option("about eight times as large", lambda ratio: ratio >= 6, "Twice the error, squared: is that eight?"),
         ), move="Press “seven numbers”, choose absmax, and take bits from 8 to 7."),
-    "narrow range": Question(
-        "3. In the narrow range,", (
-            Option("−128 is lost, and s grows", lambda pair: pair[0].qmin > pair[1].qmin and
-                   pair[0].scale > pair[1].scale),
-            Option("−128 is lost, and s shrinks", lambda pair: pair[0].qmin > pair[1].qmin and
-                   pair[0].scale < pair[1].scale,
-                   "The same range is shared by one code less. Does a step become wider or narrower?"),
-            Option("127 is lost, and s grows", lambda pair: pair[0].qmax < pair[1].qmax and
-                   pair[0].scale > pair[1].scale,
-                   "Read qmin and qmax under the figure. Narrow makes the two sides alike: which of −128 and 127 has "
-                   "no partner?"),
-        ), move="Press “seven numbers”, choose zero-point, and tick narrow range."),
     "codes of [1, 2, 3]": Question(
-        "4. Which codes does no number from 1 to 3 get?", (
+        "3. Which codes does no number from 1 to 3 get?", (
             Option("none", lambda share: share == 0,
                    "The range is widened to hold 0. Which codes lie between 0 and 1?"),
             Option("about a third of them", lambda share: 0.25 < share < 0.4),
@@ -52,7 +40,7 @@ PREDICTIONS = {
                    "Two thirds of the range, from 1 to 3, hold the data. What is below?"),
         ), move="Untick narrow range, choose zero-point, and press “[1, 2, 3]”."),
     "an end before the data's": Question(
-        "5. With β at 5, which numbers end at the last code?", (
+        "4. With β at 5, which numbers end at the last code?", (
             Option("10.8 only", lambda n: n == 1, "Every number beyond β is cut down to it. Is 10.8 the only one?"),
             Option("10.8 and 5.47", lambda n: n == 2),
             Option("10.8, 5.47 and 3.08", lambda n: n == 3, "3.08 lies inside of the range. Follow its thread."),
@@ -97,7 +85,7 @@ PREDICTIONS = {
             Option("FP4, but INT8", lambda lead: lead[0] < -0.5 and lead[1] > 0.5),
         )),
     "who wins on what": Question(
-        "With 4 bits, the winner is", (
+        "With 4 bits, where less than half a dB apart is nobody, the winner is", (
             Option("FP4 on both", lambda lead: max(lead) < -0.5,
                    "Values spread evenly have no crowd near 0. Where are the levels of FP4, and where are the values?"),
             Option("integers on both", lambda lead: min(lead) > 0.5,
@@ -109,9 +97,9 @@ PREDICTIONS = {
         )),
     "from layer to layer": Question(
         "At 8 bits, from the first layer to the ninth, the ratio", (
-            Option("stays", lambda fall: abs(fall) < 1, "Every layer adds an error of its own."),
-            Option("falls by less than 10 dB", lambda fall: 1 <= fall < 10),
-            Option("falls by more than 20 dB", lambda fall: fall > 20,
+            Option("stays within 3 dB", lambda fall: abs(fall) < 3, "Every layer adds an error of its own."),
+            Option("falls by 3 to 12 dB", lambda fall: 3 <= fall <= 12),
+            Option("falls by more than 12 dB", lambda fall: fall > 12,
                    "Nine errors of about the same size add up to nine times the squared error. How many dB is that?"),
         )),
     "one early error": Question(

@@ -193,7 +193,7 @@ def grouping(rng):
                 (bits + shared, f"What the group shares is divided by {size}."),
                 (bits + scale / size, "The zero-point is stored for each group, too."),
                 (bits + scale / size + bits, "The zero-point is shared by the group, too."),
-            ), tolerance=0.002),
+            ), tolerance=0.0051),
         ))
 
 

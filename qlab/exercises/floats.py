@@ -27,14 +27,13 @@ PREDICTIONS = {
                    "2⁶ is what the leading 1 is worth, which is not stored. This is the first bit after the point."),
         ), move="Press “−118.625” in the figure, and click the leftmost mantissa bit."),
     "last mantissa bit": Question(
-        "3. The rightmost mantissa bit goes from 0 to 1. It shows in", (
-            Option("the third decimal place", lambda gap: 1e-3 <= gap < 1e-2,
-                   "The bit is worth 2⁻²³ in 1.m, times 2⁶. How many decimal places is that? Ten halvings are about "
-                   "three."),
-            Option("the sixth decimal place", lambda gap: 1e-6 <= gap < 1e-5),
-            Option("the twenty-third decimal place", lambda gap: gap < 1e-22,
-                   "It is the twenty-third *binary* place of 1.m. Ten of those are about three decimal ones."),
-        ), move="Press “−118.625” in the figure, and click the rightmost mantissa bit."),
+        "3. The rightmost mantissa bit changes −121,472 by", (
+            Option("as much", lambda ratio: ratio == 1,
+                   "The bit is worth 2⁻²³ in 1.m, as before. But 1.m is multiplied by a power of two: which, now?"),
+            Option("ten times as much", lambda ratio: ratio == 10,
+                   "The power has grown by 10: from 2⁶ to 2¹⁶. How many times as large is that?"),
+            Option("1,024 times as much", lambda ratio: ratio == 1024),
+        ), move="Type −121472 into value, and read spacing under the figure."),
     "16,777,216 + 1": Question(
         "16,777,216 + 1 in FP32 is", (
             Option("16,777,217", lambda total: float(total) == 16_777_217,
@@ -124,6 +123,9 @@ def check_decode(function):
         (lambda s, e, m: right(s, e, m) if e else 0.0,
          "Exponent 0 is the number 0 only if all mantissa bits are 0. Otherwise it is a subnormal number, mantissa / "
          "2**23 · 2**−126."),
+        (lambda s, e, m: right(s, e, m) if e else (-1) ** s * (1 + m / 2**23),
+         "Right from exponent 1 on. At exponent 0 the leading digit is 0, not 1, and the product has a power, too: "
+         "2**−126."),
         (lambda s, e, m: (-1) ** s * (m / 2**23) * 2.0 ** (e - 127),
          "The leading 1 is missing. It is not stored, but it counts: the number is 1.m, so add 1 to mantissa / 2**23."),
         (lambda s, e, m: (-1) ** s * (1 + m / 2**23) * 2.0**e,
@@ -200,9 +202,13 @@ def check_encode(function):
     def whole_part(below_1):
         return lambda x: (..., right(x)[1] if abs(x) >= 1 else below_1, ...)
 
+    texts = "The bits are right. Return them as integers: int(text, 2) reads a text of bits."
     misconceptions = [
-        (lambda x: tuple(f"{field:0{width}b}" for field, width in zip(right(x), (1, 8, 23), strict=True)),
-         "The bits are right. Return them as integers: int(text, 2) reads a text of bits."),
+        (lambda x: tuple(f"{field:0{width}b}" for field, width in zip(right(x), (1, 8, 23), strict=True)), texts),
+        (lambda x: (..., f"{right(x)[1]:08b}", ...), texts),
+        (lambda x: (..., ..., f"{right(x)[2]:023b}"), texts),
+        (lambda x: "".join(f"{field:0{width}b}" for field, width in zip(right(x), (1, 8, 23), strict=True)),
+         "This is the whole word, as a text. Return its three fields, as integers: int(text, 2) reads a text of bits."),
         (lambda x: (int(x > 0), ..., ...), "The sign bit is 1 for a negative number and 0 for a positive one."),
         (lambda x: (-1 if x < 0 else 1, ..., ...),
          "The sign field is one bit: 1 for a negative number and 0 for a positive one, not −1 and +1."),
@@ -258,14 +264,17 @@ def check_spacing(function):
 
     Examples
     --------
-    >>> check_spacing(lambda x, mantissa_bits: 2.0 ** (np.floor(np.log2(abs(x))) - mantissa_bits))
-    ✓ Right, for FP32, FP16 and BF16.
+    >>> check_spacing(lambda x, mantissa_bits: 2.0 ** (np.frexp(abs(x))[1] - 1 - mantissa_bits))
+    ✓ Right, for four formats, also just below a power of two.
     """
 
     def exponent(x):
-        return np.floor(np.log2(abs(x)))
+        return np.frexp(abs(x))[1] - 1
 
     misconceptions = [
+        (lambda x, m: 2.0 ** (np.floor(np.log2(abs(x))) - m),
+         "The formula is right, but np.log2 rounds: just below 8 it gives 3, and so does the floor of that. np.frexp "
+         "does not round; its power is one more than the exponent."),
         (lambda x, m: 2.0**-m,
          "This is the spacing at 1, the machine epsilon. From there it doubles with each power of two: multiply by "
          "2**exponent."),
@@ -291,9 +300,10 @@ def check_spacing(function):
            f"every format.") for bits, name in ((10, "FP16"), (23, "FP32"), (52, "Python's own numbers"))),
     ]
     asked = [(1000.0, 10, "FP16"), (3.14159, 7, "BF16"), (1.0, 23, "FP32"), (1024.0, 10, "FP16"),
-             (-1000.0, 23, "FP32")]
+             (-1000.0, 23, "FP32"), (float(np.nextafter(8, 0)), 52, "FP64")]
     cases = [Case(f"x = {x}, mantissa_bits = {m} ({name})", (x, m), 2.0 ** (exponent(x) - m)) for x, m, name in asked]
     ladder = ("Look at the exponent first: which power of two is at or below |x|? For 1000 it is 512, 2**9.",
-              "np.floor(np.log2(abs(x))) is the exponent. Subtract mantissa_bits from it; 2 to the power of that is "
-              "the spacing.")
-    return check(function, cases, misconceptions, "Right, for FP32, FP16 and BF16.", ladder=ladder)
+              "np.frexp(abs(x))[1] − 1 is the exponent. Subtract mantissa_bits from it; 2 to the power of that is the "
+              "spacing.")
+    praise = "Right, for four formats, also just below a power of two."
+    return check(function, cases, misconceptions, praise, ladder=ladder)

@@ -17,6 +17,7 @@ from qlab.live import BLACK, BLUE, GREY, ORANGE, PURPLE, SKY, VERMILION, Explore
 
 _BY_NAME = {fmt.name: fmt for fmt in FORMATS}
 _FIELDS = ("sign", "exponent", "mantissa")
+_HEADS = {"sign": "sign", "exponent": "exponent → power", "mantissa": "mantissa → significand"}
 _COLORS = dict(zip(_FIELDS, (PURPLE, SKY, ORANGE), strict=True))
 _PALE = dict(zip(_FIELDS, ("#F3DFEB", "#DDF0FB", "#FBECCB"), strict=True))
 _ROOM = 12  # characters that one of three neighbours may have if all digits are written
@@ -271,7 +272,7 @@ def _bits_figure():
         above.set_axis_off()
         places = dict(zip(_FIELDS, (0.005, 0.14, 0.42), strict=True))
         for field, x in places.items():
-            above.text(x, 0.9, field, va="center", bbox={"facecolor": _COLORS[field], "lw": 0, "pad": 3})
+            above.text(x, 0.9, _HEADS[field], va="center", bbox={"facecolor": _COLORS[field], "lw": 0, "pad": 3})
         parts = [above.text(x, 0.53, "", va="center", linespacing=1.5, animated=True) for x in places.values()]
         product = above.text(0.005, 0.1, "", va="center", fontsize=18, fontweight="bold", animated=True)
 
@@ -305,7 +306,7 @@ _WANTED = {"marker": "v", "ms": 13, "mfc": "none", "mec": VERMILION, "mew": 2.5,
 def _draw_reach(axes):
     """What powers of two five formats reach, and with how many bits."""
     axes.set(xlim=(-160, 160), ylim=(len(_COMPARED) - 0.4, -0.6),
-             xlabel="magnitude (power of two); hatched: subnormal; right: precision")
+             xlabel="magnitude (power of two); hatched: subnormal; right: bits of the significand")
     axes.set_yticks(range(len(_COMPARED)), _COMPARED)
     axes.tick_params(axis="y", length=0)
     for row, name in enumerate(_COMPARED):

@@ -46,7 +46,7 @@ def code_and_error(text):
 
 def bits_per_value(text):
     bits, size, *shared = numbers(text)
-    return f"{float(bits + sum(shared) / size):.4f}"
+    return f"{float(bits + sum(shared) / size):.2f}"
 
 
 def m0_and_n(text):

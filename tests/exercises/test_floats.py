@@ -74,6 +74,7 @@ MISTAKES = [
     ("decode", subnormal(0, -127), "as at exponent 1"),
     ("decode", subnormal(1, -126), "zero could not be written"),
     ("decode", lambda s, e, m: value(s, e, m) if e else 0, "only if all mantissa bits are 0"),
+    ("decode", lambda s, e, m: value(s, e, m) if e else (1 - 2 * s) * (1 + m / 8388608), "has a power, too"),
     ("decode", lambda s, e, m: -1**s * value(0, e, m), "(−1)**s"),
     ("encode", lambda x: fields(x, exponent=lambda e: 127 + max(e, 0)), "no digits before the point to count. Move"),
     ("encode", lambda x: fields(x, exponent=lambda e: 127 + len(f"{int(abs(x)):b}".lstrip("0")) - 1), "is 0.00101"),
@@ -98,6 +99,12 @@ MISTAKES = [
     ("encode", partial(fields, sign=(1, -1), exponent=lambda e: e), "not −1 and +1"),
     ("encode", partial(fields, exponent=lambda e: e, mantissa=lambda f: f), "plus the bias"),
     ("encode", lambda x: tuple(map(np.binary_repr, fields(x), (1, 8, 23))), "as integers"),
+    ("encode", lambda x: (int(x < 0), *map(np.binary_repr, fields(x)[1:], (8, 23))), "as integers"),
+    ("encode", lambda x: (*fields(x)[:2], np.binary_repr(fields(x)[2], 23)), "as integers"),
+    ("encode", lambda x: "".join(map(np.binary_repr, fields(x), (1, 8, 23))), "This is the whole word"),
+    ("spacing", lambda x, m: 2 ** (math.floor(math.log2(abs(x))) - m), "np.log2 rounds"),
+    ("spacing", lambda x, m: np.exp2(np.floor(np.log2(np.abs(np.float32(x)))) - np.float32(m)), "np.log2 rounds"),
+    ("spacing", lambda x, m: gap(x, m, int(math.log2(abs(x)))), "np.log2 rounds"),
     ("spacing", lambda x, m: 2**-m, "machine epsilon"),
     ("spacing", lambda x, m: abs(x) / 2**m, "same spacing"),
     ("spacing", lambda x, m: gap(x, m + 1, math.frexp(x)[1] - 1), "do not count it in"),
@@ -127,10 +134,7 @@ RIGHT = [
     ("encode", lambda x: np.float32(x).view(np.uint32) >> np.uint32([31, 23, 0]) & np.uint32([1, 255, 0x7FFFFF])),
     ("encode", lambda x: floats.fields(int(floats.encode(x, floats.FP32)), floats.FP32)),
     ("spacing", lambda x, m: gap(x, m, math.frexp(x)[1] - 1)),
-    ("spacing", lambda x, m: 2 ** (math.floor(math.log2(abs(x))) - m)),
-    ("spacing", lambda x, m: np.exp2(np.floor(np.log2(np.abs(np.float32(x)))) - np.float32(m))),
     ("spacing", lambda x, m: np.spacing(abs(x)) * 2 ** (52 - m)),
-    ("spacing", lambda x, m: gap(x, m, int(math.log2(abs(x))))),  # |x| is at least 1
 ]
 STEPS = [  # wrong in a way that no misconception explains, and the step that is told at the second failure
     ("decode", lambda s, e, m: -value(s, e, m, bias=124), "the sign"),
@@ -163,7 +167,7 @@ def test_what_is_asked():
     assert min(encoded, key=abs) < 0 and 1e20 < max(encoded) < 1e38
     assert all(np.float32(x) == x for x in encoded)
     spaced = asked("spacing", lambda x, m: gap(x, m, math.frexp(x)[1] - 1))
-    assert {m for _, m in spaced} == {7, 10, 23} and min(abs(x) for x, _ in spaced) == 1
+    assert {m for _, m in spaced} == {7, 10, 23, 52} and min(abs(x) for x, _ in spaced) == 1
 
 
 def test_an_exception_is_told_with_its_case():
