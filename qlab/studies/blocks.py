@@ -71,17 +71,28 @@ ACTIVATIONS = {
     "int4 zero-point, 32": partial(in_groups, zero_point_params, 32),
     "int4 absmax, 16": partial(in_groups, absmax_params, 16),
 }
+_MXFP8_CEIL = through(replace(blocks.MXFP8_E4M3, rule="ceil"))
 BOTH = {  # name: functions of the weights, of the activations
     "FP8, tensor": (fp8_per_tensor, fp8_per_tensor),
-    "MXFP8": (through(blocks.MXFP8_E4M3), through(blocks.MXFP8_E4M3)),
-    "MXFP6, MXFP8": (through(blocks.MXFP6_E2M3), through(blocks.MXFP8_E4M3)),
-    "MXFP4, MXFP8": (through(blocks.MXFP4), through(blocks.MXFP8_E4M3)),
+    "MXFP8, floor": (through(blocks.MXFP8_E4M3), through(blocks.MXFP8_E4M3)),
+    "MXFP8, ceil": (_MXFP8_CEIL, _MXFP8_CEIL),
+    "MXFP6, MXFP8": (through(blocks.MXFP6_E2M3), _MXFP8_CEIL),
+    "MXFP4, MXFP8": (through(blocks.MXFP4), _MXFP8_CEIL),
     "MXFP4": (through(blocks.MXFP4), through(blocks.MXFP4)),
     "NVFP4": (through(blocks.NVFP4), through(blocks.NVFP4)),
 }
-CHIPS = {  # what their matrix units multiply, as documented in November 2026
+BITS = {  # per value; of "both", those of the weights
+    **{name: bits for name, (bits, _) in WEIGHTS.items()},
+    **{name: fmt.bits_per_value for name, fmt in BY_GPTQ.items()},
+    "int8, tensor": 8, "FP8, tensor": 8, "int4, token": 4 + 20 / 576,  # a scale in FP16, a zero-point in 4 bits
+    "int4 zero-point, 32": 4 + 20 / 32, "int4 absmax, 16": 4 + 16 / 16,
+    **dict.fromkeys(("MXFP8, floor", "MXFP8, ceil"), blocks.MXFP8_E4M3.bits_per_value),
+    "MXFP6, MXFP8": blocks.MXFP6_E2M3.bits_per_value, "MXFP4, MXFP8": blocks.MXFP4.bits_per_value,
+}
+CHIPS = {  # what their matrix units multiply, of 8 bits and fewer, as documented in November 2026
     "NVIDIA Ampere (A100), 2020": ("int8", "int4"),
-    "NVIDIA Ada, Hopper (L40S, H100), 2022": ("int8", "FP8"),
+    "NVIDIA Hopper (H100), 2022": ("int8", "FP8"),
+    "NVIDIA Ada (L40S), 2023": ("int8", "int4", "FP8"),
     "NVIDIA Blackwell (B200), 2024": ("int8", "FP8", "MXFP8", "MXFP6", "MXFP4", "NVFP4"),
     "AMD CDNA 3 (MI300X), 2023": ("int8", "FP8 without −0"),
     "AMD CDNA 4 (MI355X), 2025": ("int8", "FP8", "MXFP8", "MXFP6", "MXFP4"),
@@ -103,7 +114,8 @@ _PAIRS = (  # of names: the first divided by the second, at the same place
     ("activations", "FP8, tensor", "int8, tensor"),
     *product(["activations"], ["NVFP4"], ["MXFP4", "int4, token", "int4 zero-point, 32", "int4 absmax, 16"]),
     ("activations", "int4 zero-point, 32", "MXFP4"), ("activations", "int4 zero-point, 32", "int4, token"),
-    ("both", "MXFP8", "FP8, tensor"), ("both", "MXFP6, MXFP8", "MXFP8"), ("both", "MXFP4, MXFP8", "MXFP4"),
+    ("both", "MXFP8, floor", "FP8, tensor"), ("both", "MXFP8, ceil", "FP8, tensor"),
+    ("both", "MXFP8, ceil", "MXFP8, floor"), ("both", "MXFP6, MXFP8", "MXFP8, ceil"), ("both", "MXFP4, MXFP8", "MXFP4"),
     *product(["both"], ["NVFP4"], ["MXFP4", "MXFP4, MXFP8", "FP8, tensor"]),
 )
 CONTRASTS = [
