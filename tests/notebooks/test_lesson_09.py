@@ -86,6 +86,13 @@ def test_gptq_helps_both_formats_and_most_after_the_rotation():
         assert all(below_1(of(f"{name}, GPTQ / as it is")))
 
 
+def test_both_sides_at_once():
+    floor, ceil = (of(f"MXFP8, {rule} / FP8, tensor") for rule in ("floor", "ceil"))
+    assert all(above_1(floor)) and all(2 < value < 3 for value, _, _ in floor)
+    assert not any(below_1(ceil) + above_1(ceil))
+    assert all(below_1(of("NVFP4 / MXFP4, MXFP8")))
+
+
 def test_turned_values_lie_in_the_upper_half_of_their_blocks():
     inputs, _ = samples.products()[12, "attn_in"]
     turned = np.abs(inputs @ hadamard(576).numpy()).reshape(-1, 16)
