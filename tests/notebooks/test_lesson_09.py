@@ -41,7 +41,7 @@ def test_as_it_is_nvfp4_is_ahead_of_all_at_4_5_bits_and_mxfp4_last():
     for other in ("Q4_0", "int4 absmax, 32", "NF4, 64"):
         assert all(below_1(of(f"NVFP4 / {other}")))
     for name in list(study.WEIGHTS)[1:-1]:
-        assert all(below_1(of(f"{name} / MXFP4")))
+        assert all(below_1(of(f"{name} / MXFP4 0")))
 
 
 def test_after_the_rotation_most_of_it_is_not_resolved():
