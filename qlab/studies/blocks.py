@@ -1,7 +1,7 @@
 """Lesson 09's table: block formats in a language model. ``python -m qlab.studies.blocks``.
 
 The command puts each format in place of float32 and judges the model on three texts; `qlab.studies.tables` writes
-``blocks.json``: about a quarter of an hour on one core. The lesson loads the file and repeats rows.
+``blocks.json``: about twenty minutes on one core. The lesson loads the file and repeats rows.
 
 Of weights, all that the 30 blocks multiply with are stored; embedding and head stay in float32. Of activations, what
 these weights read, at each call; of "both", both. "folded" has the gains of the norms in the weights; "rotated" is
