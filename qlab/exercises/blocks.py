@@ -72,7 +72,8 @@ PREDICTIONS = {
             Option("smaller, as with rows", lambda ratios: all(high < 1 for _, high in ratios),
                    "What is there to spread in a block of 16, most of which hold no outlier at all?"),
             Option("about the same", lambda ratios: all(0.8 < low and high < 1.25 for low, high in ratios),
-                   "After the rotation, an outlier is in every block. How many blocks knew of it before?"),
+                   "So it is for integers in small groups. But which levels of FP4 do the values of a block meet when "
+                   "many of them are nearly as large as its largest?"),
             Option("larger", lambda ratios: all(low > 1 for low, _ in ratios)),
         )),
     "FP8 against int8": Question(
