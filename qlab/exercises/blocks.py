@@ -3,9 +3,11 @@
 import numpy as np
 
 from qlab import samples
-from qlab.exercises.checking import Case, by_part, check, recorded
+from qlab.exercises.checking import Case, by_part, check, numbers, recorded
 from qlab.exercises.predicting import Number, Option, Question
 from qlab.floats import FP4_E2M1, FP8_E4M3, decode, encode
+
+_BELOW_1024 = np.nextafter(np.float32(1024), np.float32(0))
 
 PREDICTIONS = {
     "bytes of a block": Number(
@@ -45,7 +47,7 @@ PREDICTIONS = {
             Option("as much as before", lambda lost: lost < 0.1,
                    "The largest magnitude of a block becomes as small as 10⁻⁵, divided by 6. What is the smallest "
                    "number of E4M3?"),
-            Option("a bit less, some dB", lambda lost: 0.1 <= lost < 12,
+            Option("some dB less", lambda lost: 0.1 <= lost < 12,
                    "How much smaller than the smallest number of E4M3 have the scales become?"),
             Option("nothing", lambda lost: lost >= 12),
         )),
@@ -70,7 +72,8 @@ PREDICTIONS = {
             Option("smaller, as with rows", lambda ratios: all(high < 1 for _, high in ratios),
                    "What is there to spread in a block of 16, most of which hold no outlier at all?"),
             Option("about the same", lambda ratios: all(0.8 < low and high < 1.25 for low, high in ratios),
-                   "After the rotation, an outlier is in every block. How many blocks knew of it before?"),
+                   "So it is for integers in small groups. But which levels of FP4 do the values of a block meet when "
+                   "many of them are nearly as large as its largest?"),
             Option("larger", lambda ratios: all(low > 1 for low, _ in ratios)),
         )),
     "FP8 against int8": Question(
@@ -104,34 +107,132 @@ def check_e8m0_byte(function):
 
     Examples
     --------
-    >>> check_e8m0_byte(lambda x: 127 + int(np.floor(np.log2(np.abs(x).max()))) - 2)
-    ✓ Right, on the tiny case and on blocks of real weights.
+    >>> check_e8m0_byte(lambda x: 127 + np.frexp(np.abs(x).max())[1] - 1 - 2)
+    ✓ Right, on the tiny case, just below a power of two, and on blocks of real weights.
     """
 
     def power(x):
-        return np.floor(np.log2(np.abs(x).max()))
+        return int(np.frexp(np.abs(x).max())[1]) - 1
 
     misconceptions = [
-        (lambda x: 127 + int(np.floor(np.log2(x.max()))) - 2,
+        (lambda x: 127 + int(np.floor(np.log2(np.abs(x).max()))) - 2,
+         "In float32 np.log2 rounds up to 10 here. np.frexp(peak)[1] − 1 is exact."),
+        (lambda x: 127 + int(np.frexp(x.max())[1]) - 1 - 2,
          "The largest value is not the largest magnitude: take |x| first."),
-        (lambda x: 127 + int(power(x)), "The largest element of E2M1 is 6 = 1.5 · 2². Its exponent, 2, is subtracted."),
-        (lambda x: 127 + int(np.ceil(np.log2(np.abs(x).max()))) - 2,
-         "The exponent of max|x| is log₂ rounded down. Rounded up it is the rule “ceil”."),
+        (lambda x: 127 + power(x), "The largest element of E2M1 is 6 = 1.5 · 2². Its exponent, 2, is subtracted."),
+        (lambda x: 127 + power(x) + 1 - 2,
+         "The exponent of max|x| is log₂ rounded down. Rounded up it is the rule “ceil”; and np.frexp, whose "
+         "significand is below 1, gives one more, too."),
         (lambda x: 127 + int(np.floor(np.log2(np.abs(x).max() / 6))),
          "Dividing by 6 and then rounding down is another rule: subtract the exponent of 6 from that of max|x|."),
-        (lambda x: int(power(x)) - 2, "This is the exponent of the scale. The byte holds it plus the bias, 127."),
+        (lambda x: power(x) - 2, "This is the exponent of the scale. The byte holds it plus the bias, 127."),
         (lambda x: 2.0 ** (power(x) - 2), "This is the scale itself. The byte holds its exponent plus 127."),
     ]
     w = samples.load("weights")
     tiny = np.array([3.0, -21.0, 7.0, 0.9])
     cases = [Case(f"x = {tiny.tolist()}", (tiny,), 129),
-             *(Case(f"32 real weights from {i} on", (w[0, i:i + 32],), 125 + int(power(w[0, i:i + 32])))
+             Case("x = [1023.99994, 1], the largest float32 below 1024", (np.float32([_BELOW_1024, 1]),), 134),
+             *(Case(f"32 real weights from {i} on", (w[0, i:i + 32],), 125 + power(w[0, i:i + 32]))
                for i in (0, 32, 64))]
     ladder = ("Look at the power of two of the largest |x| first: 21 lies between 16 and 32, so it is 4.",
-              "int(np.floor(np.log2(np.abs(x).max()))) is that power. Subtract 2, the power of the largest element, "
-              "and add the bias, 127.")
-    return check(function, cases, misconceptions, "Right, on the tiny case and on blocks of real weights.",
-                 ladder=ladder)
+              "np.frexp(np.abs(x).max())[1] - 1 is that power. Subtract 2, the power of the largest element, and add "
+              "the bias, 127.")
+    return check(function, cases, misconceptions,
+                 "Right, on the tiny case, just below a power of two, and on blocks of real weights.", ladder=ladder)
+
+
+@recorded
+def check_mxfp4_bytes(function):
+    """Check ``function(x)``, the 17 bytes of 32 values in MXFP4 as a GGUF file has them, as an array of numbers.
+
+    The scale by the specification's rule; a tie goes to the even code, a negative value keeps its sign where it becomes
+    0, and the scale's byte of a block of zeros is 0.
+
+    References
+    ----------
+    Open Compute Project, "Microscaling formats (MX) specification" 1.0, sections 5 and 6.3; ggml, ``block_mxfp4``.
+
+    Examples
+    --------
+    >>> from qlab.blocks import MXFP4, pack, quantize
+    >>> check_mxfp4_bytes(lambda x: pack(quantize(x, MXFP4)))
+    ✓ Right: ties, a tiny negative, a tip, zeros, just below a power of two, and real weights.
+    """
+
+    def scale_byte(x, of_zeros=0):
+        peak = np.abs(x).max()
+        return 124 + int(np.frexp(peak)[1]) if peak > 0 else of_zeros
+
+    def by_log2(x):
+        with np.errstate(divide="ignore"):
+            exponent = np.log2(np.abs(x).max())
+        return 125 + int(np.floor(exponent)) if np.isfinite(exponent) else 0
+
+    def codes(x, byte):
+        return encode(x / np.float32(2.0 ** (byte - 127)), FP4_E2M1, saturate=True)
+
+    def ties_down(x, byte):
+        steps = x / np.float32(2.0 ** (byte - 127))
+        levels = decode(np.arange(8, dtype=np.uint8), FP4_E2M1)
+        return np.abs(np.abs(steps)[:, None] - levels).argmin(axis=1) + 8 * (steps < 0)
+
+    def without_sign_of_zero(x, byte):
+        found = codes(x, byte)
+        return np.where(found == 8, 0, found)
+
+    def halves(found):
+        return found[:16] + 16 * found[16:]
+
+    def written(x, byte=scale_byte, elements=codes, together=halves):
+        return np.r_[byte(x), together(elements(x, byte(x)))]
+
+    def block(*pairs):
+        x = np.zeros(32, np.float32)
+        for i, value in pairs:
+            x[i] = value
+        return x
+
+    misconceptions = [
+        (lambda x: written(x)[1:], "These are the codes. The byte of the scale comes before them."),
+        (lambda x: np.roll(written(x), -1), "The byte of the scale comes first."),
+        (lambda x: np.r_[scale_byte(x), codes(x, scale_byte(x))],
+         "Each code has a byte of its own here: two of them share one."),
+        (lambda x: written(x, together=lambda found: found[::2] + 16 * found[1::2]),
+         "Value i shares its byte with value i + 16, not with its neighbour."),
+        (lambda x: written(x, together=lambda found: 16 * found[:16] + found[16:]),
+         "The low half of a byte is of the first 16 values, the high half of the last 16."),
+        (lambda x: written(x, elements=ties_down), "Half-way between two levels, the even code is taken: 2.5 steps go "
+                                                   "to code 4, not to 3."),
+        (lambda x: written(x, elements=without_sign_of_zero),
+         "A negative value keeps its sign where it becomes 0: −0 has code 8."),
+        (lambda x: written(x, byte=by_log2), "In float32 np.log2 rounds up just below a power of two. "
+                                             "np.frexp(peak)[1] − 1 is exact."),
+        (lambda x: written(x, byte=lambda x: scale_byte(x, of_zeros=124)),
+         "np.frexp(0) has exponent 0, which is that of no number here: for a block of zeros the byte is 0."),
+    ]
+    tie, tip = block((0, 6), (1, 2.5), (16, 1.75), (17, -0.75)), block((3, -7.5), (30, 1))
+    below, weights = block((0, _BELOW_1024), (1, -100), (20, 384)), samples.load("weights")[0, 32:64]
+    cases = [Case(told, (x,), written(x)) for told, x in (
+        ("x[0], x[1], x[16], x[17] = 6, −3, 1.5, 0.5 and zeros", block((0, 6), (1, -3), (16, 1.5), (17, 0.5))),
+        ("x[0], x[1], x[16], x[17] = 6, 2.5, 1.75, −0.75 and zeros", tie),
+        ("x[0], x[1] = 6, −0.1 and zeros", block((0, 6), (1, -0.1))),
+        ("x[3], x[30] = −7.5, 1 and zeros", tip),
+        ("x[0], x[1], x[20] = 1023.99994, −100, 384 and zeros", below),
+        ("32 zeros", block()), ("32 real weights", weights))]
+
+    def steps(answer, case):
+        found = numbers(answer)
+        if found is None or found.shape != (17,):
+            return "Look at how many bytes there are: 32 codes of half a byte, and one scale."
+        if found[0] != case.expected[0]:
+            return "Look at the first byte: it is the scale's exponent plus 127."
+        return "The scale is right. Look at the codes: in units of the scale, the nearest level, and 8 for a minus."
+
+    hint = ("peak = np.abs(x).max(), byte = np.frexp(peak)[1] - 1 - 2 + 127 (0 for zeros), codes = "
+            "encode(x / 2.0 ** (byte - 127), FP4_E2M1, saturate=True); then byte, and codes[:16] + 16 * codes[16:].")
+    return check(function, cases, misconceptions,
+                 "Right: ties, a tiny negative, a tip, zeros, just below a power of two, and real weights.",
+                 ladder=(steps, hint))
 
 
 @recorded
@@ -200,31 +301,3 @@ def check_nvfp4_block(function):
             "tensor_scale, the values are decode(encode(x / s, FP4_E2M1, saturate=True), FP4_E2M1) * s.")
     return check(function, cases, misconceptions, "Right, on the tiny case and on a block of real activations.",
                  ladder=(steps, hint))
-
-
-@recorded
-def check_bits_per_value(function):
-    """Check ``function(element_bits, block, scale_bits)``, the bits per value of a block format.
-
-    ``scale_bits`` counts all that a block has beside its codes.
-
-    Examples
-    --------
-    >>> check_bits_per_value(lambda element_bits, block, scale_bits: element_bits + scale_bits / block)
-    ✓ Right, for MXFP4, NVFP4, Q4_1 and blocks of 256.
-    """
-    misconceptions = [
-        (lambda bits, block, scale: bits, "The scale is missing: each value bears its share of it."),
-        (lambda bits, block, scale: bits + scale, "The whole block shares one scale: divide its bits by the block."),
-        (lambda bits, block, scale: bits * block + scale, "These are the bits of a block. Divide by its values."),
-        (lambda bits, block, scale: (bits * block + scale) / 8, "These are the bytes of a block."),
-        (lambda bits, block, scale: bits + block / scale, "The share of the scale is scale_bits / block, not the "
-                                                          "inverse."),
-    ]
-    cases = [Case(f"{name}: element_bits = {bits}, block = {block}, scale_bits = {scale}", (bits, block, scale),
-                  bits + scale / block)
-             for name, bits, block, scale in (("MXFP4", 4, 32, 8), ("NVFP4", 4, 16, 8), ("Q4_1", 4, 32, 32),
-                                              ("a block of 256", 3, 256, 16))]
-    ladder = ("Look at the bits of a whole block first: those of all its codes, and those of its scale.",
-              "A value has its own bits and its share of the scale: element_bits + scale_bits / block.")
-    return check(function, cases, misconceptions, "Right, for MXFP4, NVFP4, Q4_1 and blocks of 256.", ladder=ladder)

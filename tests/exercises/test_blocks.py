@@ -26,8 +26,18 @@ def nvfp4(x, t):
     return scale, scale * t * e2m1(x / (scale * t))
 
 
+def seventeen(x, first=(0, 2, 4, 6, 1, 3, 5, 7), exponent=exponent, of_zeros=0,
+              together=lambda codes: codes[:16] | codes[16:] << 4):
+    """The bytes of MXFP4; of two levels that are equally near, the code that stands first is taken."""
+    byte = 125 + exponent(np.abs(x).max()) if x.any() else of_zeros
+    steps = x / 2.0 ** (byte - 127)
+    distance = np.abs(np.abs(steps)[:, None] - decode(np.uint8(first), FP4_E2M1))
+    return np.r_[byte, together(np.array(first)[distance.argmin(axis=1)] + 8 * (steps < 0))]
+
+
 MISTAKES = [
     ("e8m0_byte", lambda x: 125 + math.floor(math.log2(max(x))), "take |x| first"),
+    ("e8m0_byte", lambda x: 125 + int(np.floor(np.log2(np.abs(x).max()))), "np.log2 rounds up to 10"),
     ("e8m0_byte", lambda x: 127 + exponent(x), "2, is subtracted"),
     ("e8m0_byte", lambda x: 126 + exponent(x), "Rounded up"),
     ("e8m0_byte", lambda x: 127 + math.floor(math.log2(np.abs(x).max() / 6)), "is another rule"),
@@ -41,18 +51,23 @@ MISTAKES = [
     ("nvfp4_block", lambda x, t: (s := nvfp4(x, t)[0], e2m1(x / s / t)), "Multiply them by both"),
     ("nvfp4_block", lambda x, t: (nvfp4(x, t)[0], np.abs(x).max() / 6 * e2m1(6 * x / np.abs(x).max())),
      "the exact one later"),
-    ("bits_per_value", lambda bits, block, scale: bits, "scale is missing"),
-    ("bits_per_value", lambda bits, block, scale: bits + scale, "shares one scale"),
-    ("bits_per_value", lambda bits, block, scale: bits * block + scale, "bits of a block"),
-    ("bits_per_value", lambda bits, block, scale: (bits * block + scale) / 8, "bytes of a block"),
-    ("bits_per_value", lambda bits, block, scale: bits + block / scale, "not the inverse"),
+    ("mxfp4_bytes", lambda x: seventeen(x)[1:], "comes before them"),
+    ("mxfp4_bytes", lambda x: np.roll(seventeen(x), -1), "comes first"),
+    ("mxfp4_bytes", lambda x: seventeen(x, together=lambda codes: codes), "byte of its own"),
+    ("mxfp4_bytes", lambda x: seventeen(x, together=lambda codes: codes[::2] | codes[1::2] << 4),
+     "not with its neighbour"),
+    ("mxfp4_bytes", lambda x: seventeen(x, together=lambda codes: codes[:16] << 4 | codes[16:]), "low half of a byte"),
+    ("mxfp4_bytes", lambda x: seventeen(x, first=list(range(8))), "even code is taken"),
+    ("mxfp4_bytes", lambda x: seventeen(np.where(np.abs(x) < 0.2, 0, x)), "−0 has code 8"),
+    ("mxfp4_bytes", lambda x: seventeen(x, exponent=lambda peak: int(np.floor(np.log2(peak)))), "rounds up just below"),
+    ("mxfp4_bytes", lambda x: seventeen(x, of_zeros=124), "the byte is 0"),
 ]
 RIGHT = [
     ("e8m0_byte", lambda x: 127 + exponent(x) - 2),
     ("e8m0_byte", lambda x: np.uint8(math.frexp(np.abs(x).max())[1] + 124)),
     ("nvfp4_block", nvfp4),
-    ("bits_per_value", lambda bits, block, scale: bits + scale / block),
-    ("bits_per_value", lambda bits, block, scale: (bits * block + scale) / block),
+    ("mxfp4_bytes", lambda x: blocks.pack(blocks.quantize(x, blocks.MXFP4))),
+    ("mxfp4_bytes", lambda x: [int(byte) for byte in seventeen(x)]),
 ]
 NEARLY = [("e8m0_byte", lambda x: 127.0001 + exponent(x) - 2)]
 FIRST_CASES = [("e8m0_byte", "For x = [3.0, -21.0, 7.0, 0.9]: expected 129, ")]
