@@ -17,7 +17,7 @@ PREDICTIONS = {
                    "Compare the two accuracies: do they differ by more than two standard errors?"),
         ), move="Take weight bits to 4. Then back to 8, and activation bits to 4."),
     "the least help": Question(
-        "2. At 3 bits the least helps", (
+        "2. At 3 bits, what helps least is", (
             Option("another calibrator", lambda gains: min(gains, key=gains.get) == "calibrator"),
             Option("MSE ranges for the weights", lambda gains: min(gains, key=gains.get) == "weights",
                    "Question 1 says which side has the error. MSE ranges work on that side."),
