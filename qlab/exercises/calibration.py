@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 
 from qlab import calibration, samples
+from qlab.affine import fake_quantize, range_params
 from qlab.exercises.checking import Case, Verdict, by_part, call, check, numbers, recorded, show
 from qlab.exercises.predicting import Option, Question
 
@@ -71,7 +72,7 @@ PREDICTIONS = {
     "two free ends": Question(
         "With both ends free, the best α is", (
             Option("−β", lambda ends: abs(ends[0] + ends[1]) < 0.02 * ends[1],
-                   "The data reaches twice as far to the right. Why should the two cuts be at the same distance?"),
+                   "Compare the smallest value with the largest. Why should the two cuts be at the same distance?"),
             Option("nearer to 0 than β", lambda ends: -ends[0] < 0.98 * ends[1]),
             Option("further from 0 than β", lambda ends: -ends[0] > 1.02 * ends[1],
                    "On which side are the far values?"),
@@ -124,6 +125,8 @@ def check_clipping_error(function):
          "len(x) counts the rows of a matrix. Divide by the number of all values: x.size, or take np.mean."),
         (lambda x, alpha, beta: np.mean(np.abs(x - np.clip(x, alpha, beta))),
          "This is the mean of |error|; the MSE takes the square."),
+        (lambda x, alpha, beta: np.sqrt(np.mean((x - np.clip(x, alpha, beta)) ** 2)),
+         "This is the RMS: the MSE is without the root."),
         (lambda x, alpha, beta: np.mean(x - np.clip(x, alpha, beta)),
          "The errors are not squared: those below alpha are negative, those above beta positive, and they cancel."),
         (lambda x, alpha, beta: np.mean(x - np.clip(x, alpha, beta)) ** 2,
@@ -135,6 +138,8 @@ def check_clipping_error(function):
           for axis in (0, -1)),
         (lambda x, alpha, beta: np.mean((x - np.minimum(x, beta)) ** 2),
          "Values below alpha are clipped too, not only those above beta."),
+        (lambda x, alpha, beta: np.mean((np.abs(x) - np.minimum(np.abs(x), beta)) ** 2),
+         "alpha is ignored: |x| is clipped at beta. The range need not be symmetric."),
         (lambda x, alpha, beta: np.mean(np.where((x < alpha) | (x > beta), x, 0) ** 2),
          "A clipped value does not become 0: it becomes the nearest end of the range."),
     ]
@@ -221,6 +226,8 @@ def check_best_range(function):
         said = (f"For {name}, bits = {bits}: your beta = {beta:.4g} gives an MSE of {error:.4g}; "
                 f"beta = {best:.4g} gives {least:.4g}.")
         hint = _range_hint(profile, beta, bits, best, least)
+        if not hint and _is_best_for_absolute_errors(data, beta, bits):
+            hint = " Yours minimizes |error|; the MSE squares it."
         return Verdict(False, said + (hint or " Try more candidates above 0, up to max|x|."), () if hint else ladder)
     return Verdict(True, "Right: within 2 % of the least possible error at 2, 3, 4 and 8 bits.")
 
@@ -242,3 +249,10 @@ def _range_hint(profile, beta, bits, best, least):
     if beta < 0.1 * best:
         return " Yours is very small: is only the rounding error being minimized? Count what is clipped, too."
     return ""
+
+
+def _is_best_for_absolute_errors(x, beta, bits):
+    """Whether the mean |error| is larger a little inside of this end and a little outside."""
+    inside, here, outside = (np.abs(x - fake_quantize(x, range_params(-end, end, bits, symmetric=True))).mean()
+                             for end in (0.9 * beta, beta, 1.1 * beta))
+    return here < min(inside, outside)

@@ -19,6 +19,7 @@ _RAISED = {  # what stands in the message of an error, and the hint for it
     "operand type(s) for ^": "In Python ^ combines bits. A power is written with two stars: 2**3 is 8.",
     "numpy() on Tensor": "NumPy keeps no gradients: use torch.round and torch.clamp in place of np.rint and np.clip. "
                          "(With detach() no gradient would arrive.)",
+    "__round__ method": "Python's round takes numbers. torch has its own: u.round().",
     "Quantiles must be": "np.quantile counts from 0 to 1, so that 99 percent are 0.99. np.percentile takes percent.",
 }
 

@@ -205,13 +205,14 @@ def multiplier(rng):
     m0, n = quantize_multiplier(m)
     fraction = m0 / 2**31
     return Task(
-        f"M = {m:g} = 2^(−n) · m₀, with m₀ from ½ to 1. Which n, and which m₀ (three digits)?", (
+        f"M = {m:g} = 2^(−n) · m₀/2³¹. Which n, and which m₀/2³¹ (three digits)?", (
             Part("n", n, "How often can M be doubled and stay below 1?", (
-                (n + 1, "Doubled once too often: m₀ has reached 1."), (n - 1, "m₀ would be below ½: double once more."),
+                (n + 1, "Doubled once too often: m₀/2³¹ has reached 1."),
+                (n - 1, "m₀/2³¹ would be below ½: double once more."),
                 (-n, "The sign: a shift to the right has a positive n."))),
-            Part("m₀", fraction, "M, doubled n times.", (
+            Part("m₀/2³¹", fraction, "M, doubled n times.", (
                 (m / 2**n, "Halved n times; double it."),
-                (fraction * 2, "Below 1: n is right, m₀ is twice too large.")), tolerance=0.004 * fraction),
+                (fraction * 2, "m₀ is below 2³¹: this is twice too large.")), tolerance=0.004 * fraction),
         ))
 
 

@@ -84,7 +84,8 @@ def _formulas():
         ("decibels", f"SQNR = 10 log₁₀(Σ x² / Σ (x − x̂)²); a step half as wide gives {20 * np.log10(2):.2f} dB"),
         ("groups", f"bits per value = b + shared bits / group size  (4 bits, 16 for 32 values: {4 + 16 / 32:g})"),
         ("batch norm folded", "w γ / √(σ² + ε), and β + γ (bias − μ) / √(σ² + ε)"),
-        ("straight through", "u + (round(u) − u).detach(): gradient 1 inside the range, 0 outside"),
+        ("straight through", "with u = clip(x / s, q_min, q_max): u + (round(u) − u).detach(); "
+                             "gradient 1 inside the range, 0 outside"),
         ("integers only", "M = s₁ s₂ / s₃ ≈ 2^(−n) · m₀ / 2³¹, with 2³⁰ ≤ m₀ < 2³¹"),
     ]
 
@@ -107,7 +108,7 @@ def _db(profile, ends, bits):
 
 def _decibels():
     even, normal = _profile(lambda u: 2 * u - 1), _profile(NormalDist().inv_cdf)
-    return [("bits", "levels", "largest code", "even data, min-max", "normal data, min-max", "normal, best range")] + [
+    return [("bits", "codes", "largest code", "even data, min-max", "normal data, min-max", "normal, best range")] + [
         (str(bits), str(2**bits), str(2 ** (bits - 1) - 1), f"{_db(even, calibration.minmax(even), bits)} dB",
          f"{_db(normal, calibration.minmax(normal), bits)} dB", f"{_db(normal, best, bits)} dB (±{best[1]:.2f} σ)")
         for bits in range(2, 9) for best in [calibration.mse(normal, bits)]]

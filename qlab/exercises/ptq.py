@@ -12,12 +12,12 @@ PREDICTIONS = {
         "1. Fewer digits are read right with", (
             Option("4-bit weights", lambda right: right[0] < right[1] - 2),
             Option("4-bit activations", lambda right: right[1] < right[0] - 2,
-                   "The activations lie between 0 and 6, all of it in use. What sets the scale of a layer's weights?"),
+                   "The activations start at 0 and end at 6 at most. What sets the scale of a layer's weights?"),
             Option("neither", lambda right: abs(right[0] - right[1]) <= 2,
                    "Compare the two accuracies: do they differ by more than two standard errors?"),
         ), move="Take weight bits to 4. Then back to 8, and activation bits to 4."),
     "the least help": Question(
-        "2. At 3 bits the least help is", (
+        "2. At 3 bits, what helps least is", (
             Option("another calibrator", lambda gains: min(gains, key=gains.get) == "calibrator"),
             Option("MSE ranges for the weights", lambda gains: min(gains, key=gains.get) == "weights",
                    "Question 1 says which side has the error. MSE ranges work on that side."),
@@ -26,20 +26,21 @@ PREDICTIONS = {
         ), move="Take both to 3 bits. Try each of the three alone, one scale per channel last."),
     "the least ratio": Question(
         "3. At 8 bits the output with the least ratio is that of", (
-            Option("the first layer", lambda place: place == 0,
-                   "The first layer has no error before it. The next one has two: its own, and what comes in."),
-            Option("a layer in the middle", lambda place: 0.2 < place < 0.7,
+            Option("conv or depthwise1", lambda name: name in {"conv", "depthwise1"},
+                   "No error comes into the first layer. The next ones have two: their own, and what comes in."),
+            Option("pointwise1, depthwise2 or pointwise2",
+                   lambda name: name in {"pointwise1", "depthwise2", "pointwise2"},
                    "Each layer gets the errors of all before it, and adds one of its own."),
-            Option("a layer near the end", lambda place: place >= 0.7),
+            Option("depthwise3, pointwise3 or linear", lambda name: name in {"depthwise3", "pointwise3", "linear"}),
         )),
     "one layer alone": Question(
-        "4. Quantized alone, the most digits are cost by", (
+        "4. Quantized alone, the layer that costs the most digits is", (
             Option("pointwise3", lambda layer: layer == "pointwise3",
                    "Its output was the worst since it came last but one. Which share of that error was its own?"),
             Option("the last layer, linear", lambda layer: layer == "linear",
-                   "Nothing comes after it that could make its error larger. Read the lower bar of each layer."),
+                   "Nothing comes after it that could make its error larger. Read the per cent beside each lower bar."),
             Option("one of the first three layers", lambda layer: layer in {"conv", "depthwise1", "pointwise1"}),
-        ), move="Take both to 3 bits, with one scale per tensor and min-max, and read the lower bar of each layer."),
+        ), move="Take both to 3 bits, one scale per tensor, min-max; read the per cent beside the lower bars."),
 }
 
 

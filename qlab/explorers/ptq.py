@@ -273,8 +273,9 @@ def _digits_figure(images, layers, float_accuracy, float_kb):
         decibels, percents = ([bars.text(0, row + shift, "", va="center_baseline", fontsize=11, animated=True)
                                for row in range(len(layers))] for shift in (-_APART, _APART))
         bars.legend([Line2D([], [], color=SKY, lw=8), Line2D([], [], color=VERMILION, lw=8)],
-                    ["of its output, all layers quantized", "of the logits, this layer alone"], loc="lower left",
-                    bbox_to_anchor=(-0.2, 0.97), frameon=False, fontsize=12, borderaxespad=0, labelspacing=0.2)
+                    ["of its output, all layers quantized", "of the logits, this layer alone; and % right"],
+                    loc="lower left", bbox_to_anchor=(-0.2, 0.97), frameon=False, fontsize=12, borderaxespad=0,
+                    labelspacing=0.2)
 
         pictures.set_axis_off()
         broken = pictures.text(1, -3.0, "", fontsize=16, fontweight="bold", animated=True)

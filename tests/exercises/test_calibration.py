@@ -11,9 +11,9 @@ def clip_error(x, alpha, beta):
     return x - np.clip(x, alpha, beta)
 
 
-def search(x, bits, reach=None, **grid):
+def search(x, bits, reach=None, error=affine.mse, **grid):
     ends = (reach or np.abs(x).max()) * np.arange(1, 201) / 200
-    return ends[np.argmin([affine.mse(x, affine.fake_quantize(x, affine.range_params(-end, end, bits, **grid)))
+    return ends[np.argmin([error(x, affine.fake_quantize(x, affine.range_params(-end, end, bits, **grid)))
                            for end in ends])]
 
 
@@ -22,6 +22,8 @@ MISTAKES = [
     ("clipping_error", lambda x, a, b: np.sum(clip_error(x, a, b) ** 2), "sum of the squared errors"),
     ("clipping_error", lambda x, a, b: sum(np.square(clip_error(x, a, b)).flat) / len(x), "rows of a matrix"),
     ("clipping_error", lambda x, a, b: np.mean(np.abs(clip_error(x, a, b))), "mean of |error|"),
+    ("clipping_error", lambda x, a, b: np.square(clip_error(x, a, b)).mean() ** 0.5, "without the root"),
+    ("clipping_error", lambda x, a, b: np.mean(np.maximum(np.abs(x) - b, 0) ** 2), "alpha is ignored"),
     ("clipping_error", lambda x, a, b: np.mean((x - np.minimum(x, b)) ** 2), "below alpha"),
     ("clipping_error", lambda x, a, b: np.mean(np.where((x < a) | (x > b), x, 0) ** 2), "nearest end"),
     ("clipping_error", lambda x, a, b: np.mean(clip_error(x, a, b)), "not squared"),
@@ -40,6 +42,8 @@ MISTAKES = [
     ("percentile_range", lambda x, p: np.percentile(np.abs(x), p) * np.array([-1, 1]), "percentile of |x|"),
     ("percentile_range", lambda x, p: np.percentile(x, [p, 100 - p]), "swapped"),
     ("best_range", lambda x, bits: np.abs(x).max(), "nothing is clipped"),
+    ("best_range", lambda x, bits: search(x, bits, error=lambda x, x_hat: abs(x - x_hat).mean(), symmetric=True),
+     "minimizes |error|"),
     ("best_range", search, "all 4 levels, which is not symmetric"),
     ("best_range", lambda x, bits: search(x, bits, x.max(), symmetric=True), "candidates end at max(x)"),
     ("best_range", lambda x, bits: 0.01, "only the rounding error"),

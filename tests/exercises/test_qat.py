@@ -20,16 +20,18 @@ def half_away_ste(x, s, low, high):
 
 
 class Staircase(torch.autograd.Function):
-    """x̂, with the gradient that ``inside`` makes of x / s and the two ends, times the one that comes."""
+    """x̂, with the gradient by x that ``inside`` makes of x / s and the two ends, times the one that comes; and by s."""
 
     @staticmethod
     def forward(ctx, x, s, low, high, inside):  # noqa: PLR0917
-        ctx.save_for_backward(inside(x / s, low, high))
+        u, codes = x / s, torch.round(x / s).clip(low, high)
+        ctx.save_for_backward(inside(u, low, high), codes - u * ((low < u) & (u < high)))
         return rounded(x, s, low, high)
 
     @staticmethod
     def backward(ctx, gradient):
-        return ctx.saved_tensors[0] * gradient, None, None, None, None
+        by_x, by_s = ctx.saved_tensors
+        return by_x * gradient, (by_s * gradient).sum(), None, None, None
 
 
 def staircase(inside):
@@ -55,22 +57,28 @@ MISTAKES = [
     ("straight_through", lambda x, s, low, high: rounded(x, s, low, high) / s, "integer codes q"),
     ("straight_through", lambda x, s, low, high: s * qat.round_ste(x / s), "Nothing is clipped"),
     ("straight_through", lambda x, s, low, high: x.clip(s * low, s * high), "not rounded"),
+    ("straight_through", lambda x, s, low, high: s.detach() * qat.round_ste((x / s.detach()).clip(low, high)),
+     "none arrives at s"),
+    ("straight_through", lambda x, s, low, high: affine.fake_quantize(x, affine.QParams(s, 0, low, high)).detach()
+     + one_inside((x / s).detach(), low, high) * (x - x.detach()), "none arrives at s"),
+    ("straight_through", lambda x, s, low, high: x.clip(low * s, high * s) + (
+        rounded(x, s, low, high) - x.clip(low * s, high * s)).detach(), "From inside the range none arrives at s"),
+    ("straight_through", lambda x, s, low, high: s * round((x / s).clip(low, high)), "torch has its own"),
     ("straight_through", half_away_ste, "A half goes away from 0"),
     ("straight_through", lambda x, s, low, high: torch.floor(x / s + 0.5).clip(low, high) * s, "A half goes up"),
 ]
 RIGHT = [
     ("straight_through", lambda x, s, low, high: s * qat.round_ste((x / s).clip(low, high))),
     ("straight_through", lambda x, s, low, high: s * qat.round_ste(x / s).clip(low, high)),  # rint first
-    ("straight_through", lambda x, s, low, high: x.clip(low * s, high * s) + (
-        rounded(x, s, low, high) - x.clip(low * s, high * s)).detach()),
-    ("straight_through", lambda x, s, low, high: torch.fake_quantize_per_tensor_affine(x, s, 0, low, high)),
-    ("straight_through", lambda x, s, low, high: affine.fake_quantize(x, affine.QParams(s, 0, low, high)).detach()
-     + one_inside((x / s).detach(), low, high) * (x - x.detach())),
+    ("straight_through", lambda x, s, low, high: torch._fake_quantize_learnable_per_tensor_affine(
+        x, s.reshape(1), torch.zeros(1), low, high)),
     ("straight_through", staircase(one_inside)),
 ]
 STEPS = [  # wrong in a way that no misconception explains, and the step that is told at the second failure
     ("straight_through", lambda x, s, low, high: 3 * x, "way forward"),
     ("straight_through", staircase(lambda u, low, high: 3 * one_inside(u, low, high)), "Look at the way back"),
+    ("straight_through", lambda x, s, low, high: staircase(one_inside)(x, s.detach(), low, high) + 3 * (s - s.detach()),
+     "Look at s"),
 ]
 FIRST_CASES = [  # how the first case of a check is told
     ("straight_through", "For x̂ where x = [-3.0, -0.75, -0.25, 0.2, 0.25, 0.75, 1.2, 9.0], s = 0.5, qmin = -4, "
@@ -80,9 +88,9 @@ FIRST_CASES = [  # how the first case of a check is told
 
 def test_straight_through_asks_for_values_and_gradients_where_all_agree():
     calls = asked("straight_through", staircase(one_inside))
-    assert [(len(x), *rest) for x, *rest in calls] == 2 * [(8, 0.5, -4, 3)] + 2 * [(73_704, 0.11, -8, 7)]
+    assert [(len(x), *rest) for x, *rest in calls] == 3 * [(8, 0.5, -4, 3)] + 2 * [(73_704, 0.11, -8, 7)]
     for x, s, low, high in calls:
-        assert x.dtype == torch.float32 and x.requires_grad and x.is_leaf
+        assert all(given.dtype == torch.float32 and given.requires_grad and given.is_leaf for given in (x, s))
         u = x.detach().double() / s
         assert (u > high).any()
         beyond = torch.maximum(low - u, u - high)

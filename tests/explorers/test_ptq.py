@@ -227,12 +227,18 @@ def test_what_lesson_04_says_of_digits_ptq(changes, accuracy):
 
 @pytest.mark.usefixtures("unseen")
 def test_what_lesson_04_says_of_each_layer_alone():
-    accuracies, _ = each_layer_alone(float_network()[0], quantized_network(**START["digits_ptq"] | {
+    accuracies, ratios = each_layer_alone(float_network()[0], quantized_network(**START["digits_ptq"] | {
         "weight_bits": 3, "activation_bits": 3}))
-    for name, accuracy in (("pointwise1", 89.2), ("depthwise1", 91.9), ("pointwise3", 98.6)):
+    for name, accuracy in (("pointwise1", 89.2), ("depthwise1", 91.9), ("pointwise2", 94.4), ("pointwise3", 98.6)):
         assert accuracies[name] == pytest.approx(accuracy, abs=0.33)
         assert f"{accuracy} %" in said(LESSON, "markdown")
     assert min(accuracies, key=accuracies.get) == "pointwise1"
+    assert abs(ratios["pointwise1"] - ratios["pointwise2"]) < 0.3  # "as bad as"
+
+
+def test_what_lesson_04_says_of_the_channels_of_a_layer():
+    reach = ptq.layers(float_network()[0])["depthwise3"].weight.detach().flatten(1).abs().amax(1)
+    assert f"from {reach.min():.2f} to {reach.max():.2f}" in said(LESSON, "markdown")
 
 
 @pytest.mark.usefixtures("unseen")
