@@ -120,7 +120,8 @@ def hessian(x):
     Raises
     ------
     ValueError
-        If ``x`` has another shape, is empty or has a NaN or infinity, or H is beyond the dtype.
+        If ``x`` has another shape, is empty or has a NaN or infinity, or H is beyond the dtype: infinite, or 0 though
+        ``x`` is not.
 
     References
     ----------
@@ -134,6 +135,9 @@ def hessian(x):
     """
     tensor = _matrix(x, "x")
     h = real_array(2 * tensor.T @ tensor, "hessian(x)")
+    if not h.diagonal().any() and tensor.any():
+        raise ValueError(f"x must be large enough for its squares to be above 0 in {tensor.dtype}, got "
+                         f"{tensor.abs().max().item():.3g} at most")
     return h if is_torch_array(x) else h.numpy()
 
 
@@ -200,13 +204,15 @@ def gptq(w, hessian, bits, *, group_size=None, symmetric=False, damping=0.01, ac
     Parameters
     ----------
     w : float array, shape (outputs, inputs)
-        A column whose inputs are all 0 is set to 0, as in the published code.
+        A column whose inputs are all 0 is set to 0, before any range is found. (The published code sets it to 0, too,
+        but finds the range of a row with it.)
     hessian : float array, shape (inputs, inputs)
         From `hessian`.
     bits : int, 2 to 16
     group_size : int, optional
         One scale for each row and each run of so many columns, which must divide the inputs. It is found when the first
-        column of the group comes up, from the group's columns as corrected by then. None: one for each row, from ``w``.
+        column of the group comes up, from the group's columns as corrected by then. None: one for each row, before the
+        first column.
     symmetric : bool
         Codes as `qlab.affine.absmax_params`, from −7 to 7 for 4 bits; else as `qlab.affine.zero_point_params`, −8 to 7.
     damping, act_order

@@ -321,6 +321,12 @@ def test_dead_columns_and_rows():
     assert not dequantize(codes, params).any()
 
 
+def test_a_column_without_inputs_takes_no_part_in_the_range():
+    w, x = layer()
+    x[:, 3], w[:, 3] = 0, 100
+    assert gptq(w, hessian(x), 4)[1].scale.max() < 1
+
+
 W, X = layer()
 NAN, INFINITE, H = np.full((2, 2), np.nan), np.full((2, 2), np.inf), hessian(X)
 
@@ -330,6 +336,8 @@ NAN, INFINITE, H = np.full((2, 2), np.nan), np.full((2, 2), np.inf), hessian(X)
     (lambda: hessian(np.ones((0, 3))), "x must not be empty, got shape (0, 3)"),
     (lambda: hessian(np.ones(3)), "x must be a matrix, got shape (3,)"),
     (lambda: hessian(np.full((1, 2), 1e300)), "hessian(x) must be finite"),
+    (lambda: hessian(np.full((3, 2), 1e-25, np.float32)), "x must be large enough for its squares to be above 0 in "
+                                                          "torch.float32, got 1e-25 at most"),
     (lambda: gptq(NAN, np.eye(2), 4), "w must be finite, got 4 NaN"),
     (lambda: gptq(INFINITE, np.eye(2), 4), "w must be finite, got 0 NaN and 4 infinite"),
     (lambda: gptq(W[0], H, 4), "w must be a matrix, got shape (24,)"),

@@ -42,9 +42,9 @@ PREDICTIONS = {
     "few tokens": Question(
         "With 64 tokens, the error on other prose ends", (
             Option("below that of rounding to nearest", lambda ratio: ratio < 0.95,
-                   "64 tokens, 64 columns: what can the columns learn by heart? Compare the curves of the texts."),
+                   "64 tokens, 64 columns: what can the columns learn by heart? Read the first line below."),
             Option("where it was", lambda ratio: 0.95 <= ratio <= 1.05,
-                   "The weights have moved by steps: for other text that is not without effect. Compare the curves."),
+                   "The weights moved by steps: for other text that is not without effect. Read the first line below."),
             Option("above it", lambda ratio: ratio > 1.05),
         )),
     "the model by GPTQ": Question(

@@ -96,7 +96,7 @@ def compensation(w=None, x=None, held_out=None, bits=4):
     Explorer
         Controls ``columns`` (done), ``bits``, ``group`` ("row", or the columns that share a scale), ``damping``,
         ``order`` ("as stored" or "largest H first"), ``tokens`` (of ``x``, from the first on) and ``ranges`` ("min-max"
-        or "weighted"). Parts "curves" (all), "held_out" (their curves) and "shifts". Numbers in percent are errors of
+        or "weighted"). Parts "curves" and "shifts". Numbers in percent are errors of
         the output: ``calibration_percent`` and those of held-out texts, each with the one before, of rounding to
         nearest; ``weight_sqnr_db`` is that of the weights alone.
 
@@ -212,7 +212,6 @@ def compensation(w=None, x=None, held_out=None, bits=4):
                  for axes in figure.axes[:3]],
         ghost=[*artists.dots, artists.lines_at[2]], main=("calibration_percent", "%"),
         parts={"curves": [*artists.curves, *artists.dots, *artists.nearest],
-               "held_out": [*artists.curves[1:], *artists.dots[1:], *artists.nearest[1:]],
                "shifts": [artists.image, artists.done, artists.to_come]},
         title="GPTQ, column by column",
         description="Left above, weights of some rows as coloured cells: how far each is from its original, in steps; "

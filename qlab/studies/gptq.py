@@ -28,6 +28,7 @@ CALIBRATION, SEQUENCES = 8, 2
 SEEDS = 5  # of random Hadamard matrices
 BEST = {"act_order": True, "ranges": "weighted"}
 CLIP = 0.9  # of the range of each token
+ATTENTION = ("attn_in", "o_in")  # what q, k, v and o read
 WEIGHTS, ALL, PIECES = "W4A16", "W4A4KV4", "pieces"  # how the names of methods begin
 _OF_PARTS = {  # the one, the other: what the lesson says of the two
     WEIGHTS: (
@@ -36,6 +37,9 @@ _OF_PARTS = {  # the one, the other: what the lesson says of the two
         ("GPTQ", "GPTQ, order"), ("GPTQ", "nearest"), ("GPTQ", "nearest, weighted"), ("AWQ", "nearest"),
         ("AWQ, 64", "nearest, 64"), ("GPTQ, 64", "GPTQ"), ("GPTQ, 64", "nearest, 64"), ("GPTQ, 64", "AWQ, 64"),
         ("AWQ, GPTQ, 64", "GPTQ, 64"), ("3 bits, 64, GPTQ", "3 bits, 64, nearest"),
+        ("nearest, 64, weighted", "nearest, 64"), ("AWQ, 64, weighted", "nearest, 64, weighted"),
+        ("GPTQ, 64", "nearest, 64, weighted"), ("GPTQ, 64", "AWQ, 64, weighted"),
+        ("3 bits, 64, GPTQ", "3 bits, 64, nearest, weighted"),
         ("folded, nearest", "nearest"), ("Hadamard, nearest", "folded, nearest"), ("Hadamard, nearest", "nearest"),
         ("Hadamard, GPTQ", "GPTQ"), ("learned, GPTQ", "GPTQ"),
     ),
@@ -77,15 +81,18 @@ def weights_only(table, model, text, made):
         table.add(f"{WEIGHTS} nearest, {size}", nearest(model, group_size=size))
     table.add(f"{WEIGHTS} nearest, MSE", nearest(model, ranges="MSE"))
     table.add(f"{WEIGHTS} nearest, weighted", nearest(model, ranges="weighted"))
+    table.add(f"{WEIGHTS} nearest, 64, weighted", nearest(model, group_size=64, ranges="weighted"))
     table.add(f"{WEIGHTS} GPTQ, plain", quantized(model, text, progress=False))
     table.add(f"{WEIGHTS} GPTQ, order", quantized(model, text, act_order=True, progress=False))
     table.add(f"{WEIGHTS} GPTQ", made["GPTQ"])
     table.add(f"{WEIGHTS} AWQ", nearest(activation_aware(model, text, progress=False)))
     scaled = activation_aware(model, text, group_size=64, progress=False)
     table.add(f"{WEIGHTS} AWQ, 64", nearest(scaled, group_size=64))
+    table.add(f"{WEIGHTS} AWQ, 64, weighted", nearest(scaled, group_size=64, ranges="weighted"))
     table.add(f"{WEIGHTS} GPTQ, 64", made["GPTQ, 64"])
     table.add(f"{WEIGHTS} AWQ, GPTQ, 64", by_gptq(scaled, text, group_size=64))
     table.add(f"{WEIGHTS} 3 bits, 64, nearest", nearest(model, bits=3, group_size=64))
+    table.add(f"{WEIGHTS} 3 bits, 64, nearest, weighted", nearest(model, bits=3, group_size=64, ranges="weighted"))
     table.add(f"{WEIGHTS} 3 bits, 64, GPTQ", by_gptq(model, text, bits=3, group_size=64))
 
 
@@ -139,6 +146,7 @@ def main():
     table.add(f"{PIECES} W16A4KV16", learned, activations())
     table.add(f"{PIECES} W4A4KV16", fine, activations())
     table.add(f"{PIECES} W16A4KV4", learned, fours)
+    table.add(f"{PIECES} W4A4KV4, attention", by_gptq(learned, text, sites=ATTENTION), fours)
 
     per_channel = activations() | kv_quantizers(model, 4, r3=True, keys="channel")
     table.add(f"{ALL} learned, GPTQ, keys per channel", fine, per_channel)

@@ -30,9 +30,11 @@ def verdicts(part, first, second):
     ("W4A16", "GPTQ, plain", "nearest", 0.6, 0.85), ("W4A16", "GPTQ, order", "GPTQ, plain", 0.6, 0.75),
     ("W4A16", "GPTQ", "GPTQ, order", 0.6, 0.75), ("W4A16", "GPTQ", "nearest", 0.25, 0.4),
     ("W4A16", "GPTQ", "nearest, weighted", 0.4, 0.5),
-    ("W4A16", "GPTQ, 64", "nearest, 64", 0.2, 0.5), ("W4A16", "GPTQ, 64", "GPTQ", 0.4, 0.6),
-    ("W4A16", "3 bits, 64, GPTQ", "3 bits, 64, nearest", 0.3, 0.5),
-    ("W4A16", "AWQ, 64", "nearest, 64", 0.35, 0.5), ("W4A16", "Hadamard, nearest", "folded, nearest", 0.6, 0.8),
+    ("W4A16", "GPTQ, 64", "nearest, 64", 0.2, 0.5), ("W4A16", "GPTQ, 64", "GPTQ", 0.43, 0.59),
+    ("W4A16", "3 bits, 64, GPTQ", "3 bits, 64, nearest", 0.395, 0.475),
+    ("W4A16", "3 bits, 64, GPTQ", "3 bits, 64, nearest, weighted", 0.635, 0.855),
+    ("W4A16", "AWQ, 64", "nearest, 64", 0.35, 0.5), ("W4A16", "nearest, 64, weighted", "nearest, 64", 0.45, 0.6),
+    ("W4A16", "Hadamard, nearest", "folded, nearest", 0.6, 0.8),
     ("W4A16", "Hadamard, GPTQ", "GPTQ", 0.55, 0.68), ("W4A16", "learned, GPTQ", "GPTQ", 0.55, 0.68),
     ("W4A4KV4", "smoothed, GPTQ", "GPTQ", 0.6, 0.8),
     ("W4A4KV4", "Hadamard, GPTQ", "Hadamard, nearest", 0.25, 0.5), ("W4A4KV4", "Hadamard, GPTQ", "GPTQ", 0.15, 0.25),
@@ -56,20 +58,17 @@ def test_the_first_is_farther_from_float_on_every_text(part, first, second, leas
 
 @pytest.mark.parametrize("part, first, second, expected", [
     ("W4A16", "nearest, 32", "nearest, 64", [0, -1, -1]),
-    ("W4A16", "GPTQ, 64", "AWQ, 64", [0, 0, -1]), ("W4A16", "AWQ, GPTQ, 64", "GPTQ, 64", [-1, 0, 0]),
+    ("W4A16", "AWQ, 64, weighted", "nearest, 64, weighted", [-1, -1, 0]),
+    ("W4A16", "GPTQ, 64", "nearest, 64, weighted", [0, -1, -1]),
+    ("W4A16", "GPTQ, 64", "AWQ, 64, weighted", [1, 0, -1]), ("W4A16", "AWQ, GPTQ, 64", "GPTQ, 64", [-1, 0, 0]),
     ("W4A4KV4", "GPTQ", "nearest", [0, -1, -1]), ("W4A4KV4", "groups of 32, GPTQ", "learned, GPTQ", [0, 0, 0]),
     ("W4A4KV4", "learned, GPTQ, clipped", "learned, GPTQ", [0, 0, -1]),
     ("W4A4KV4", "learned, GPTQ, keys per channel", "learned, GPTQ", [0, -1, 0]),
     ("W4A4KV4", "learned, GPTQ, weights 64", "learned, GPTQ", [0, -1, 0]),
+    ("W4A4KV4", "learned, GPTQ, symmetric", "learned, GPTQ", [1, 0, 0]),
 ])
 def test_what_is_resolved_on_some_texts_only(part, first, second, expected):
     assert verdicts(part, first, second) == expected
-
-
-def test_symmetric_weights_are_worse_on_prose_alone():
-    found = [SHIPPED.contrast("W4A4KV4 learned, GPTQ, symmetric", "W4A4KV4 learned, GPTQ", text) for text in TEXTS]
-    assert [one.kl_low > 1 for one in found] == [True, False, False]  # printed, the interval ends at 1
-    assert all(one.kl_high > 1 for one in found)
 
 
 def test_every_seed_is_nearer_than_what_has_no_rotation():
@@ -82,8 +81,19 @@ def test_the_headline_against_float_and_against_rounding():
     for text in TEXTS:
         assert 1.6 <= SHIPPED.row("W4A4KV4 learned, GPTQ", text).ratio <= 2
         assert 1 / 9 <= SHIPPED.contrast("W4A4KV4 learned, GPTQ", "W4A4KV4 nearest", text).kl <= 1 / 6
-    (kl, _), *_ = [intervals("08", "W4A4KV4, learned, GPTQ, live:")]
-    assert kl[0] == pytest.approx(SHIPPED.row("W4A4KV4 learned, GPTQ", "documentation").kl, rel=0.15)
+
+
+def test_the_row_that_the_lesson_measures_is_that_of_the_study():
+    (live, _), (shipped, _) = (intervals("08", f"{name}: KL") for name in ("live", "study"))
+    assert live == pytest.approx(shipped, rel=0.05)
+    assert f"{shipped[0]:.3f}" == f"{SHIPPED.row('pieces W4A4KV4, attention', 'documentation').kl:.3f}"
+
+
+def test_against_any_hadamard_seed_learning_leaves_three_quarters_or_a_little_more():
+    for text in TEXTS:
+        seeds = [row[6] for row in SHIPPED.rows if (row[0], row[2]) == ("W4A4KV4 Hadamard, GPTQ", text)]
+        left = [SHIPPED.row("W4A4KV4 learned, GPTQ", text).kl / kl for kl in seeds]
+        assert len(seeds) == 5 and 0.725 < min(left) < max(left) < 0.865
 
 
 def test_three_bits_leave_more_than_three_times_what_four_leave():
@@ -92,21 +102,18 @@ def test_three_bits_leave_more_than_three_times_what_four_leave():
         assert three > 3 * four
 
 
-def test_what_the_figures_show():
-    live, ends = explorers.compensation(), {}
-    for tokens in (2048, 64):
-        live.set(columns=64, tokens=tokens)
-        ends[tokens] = live.readout
-    live.reset()
-    much, few = ends.values()
-    assert live.readout["weight_sqnr_db"] - much["weight_sqnr_db"] == pytest.approx(3, abs=0.2)
+def test_what_the_figure_shows():
+    live, found = explorers.compensation(), {}
+    for tokens, damping in (2048, 0.01), (512, 0.01), (256, 0.01), (64, 0.01), (64, 0.1), (64, 1.0):
+        live.set(columns=64, tokens=tokens, damping=damping)
+        found[tokens, damping] = live.readout
+    much = found[2048, 0.01]
     won = {text: 1 - much[f"{text}_percent"] / much[f"nearest_{text}_percent"] for text in ("calibration", *TEXTS[:2])}
-    assert won["calibration"] == pytest.approx(0.43, abs=0.03)
     assert all(won[text] == pytest.approx(won["calibration"] / 2, abs=0.03) for text in TEXTS[:2])
-    assert few["calibration_percent"] < 0.28 * few["nearest_calibration_percent"]
-    assert all(few[f"{text}_percent"] > few[f"nearest_{text}_percent"] for text in TEXTS[:2])
-    live.set(columns=64, tokens=64, damping=0.1)
-    assert all(much[name] < live.readout[name] < few[name] for name in ("prose_percent", "code_percent"))
+    for text in TEXTS[:2]:
+        below = {setting: now[f"{text}_percent"] < now[f"nearest_{text}_percent"] for setting, now in found.items()}
+        assert {setting for setting, better in below.items() if not better} == {(64, 0.01), (256, 0.01)}
+        assert much[f"{text}_percent"] < found[64, 1.0][f"{text}_percent"]
 
 
 def test_eight_bits_of_activations_and_cache_cost_a_hundredth_or_two():
