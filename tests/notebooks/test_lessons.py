@@ -204,7 +204,7 @@ def sources(lesson):
 @pytest.mark.parametrize("lesson", ["01", "02", "03", "04", "05", "08", "09"])
 def test_an_hour_leads_through_a_lesson_and_the_rest_is_marked_as_optional(lesson):
     texts = sources(lesson)
-    stated = re.search(r"\*\*Time\*\* (\d+) minutes, and\s+(\d+) more", "\n".join(texts))
+    stated = re.search(r"\*\*Time\*\* (\d+) minutes, and\s+(\d+)\s+more", "\n".join(texts))
     table = next(text for text in texts if text.startswith("Minutes for each section"))
     rows = re.findall(r"^\| ([^|]+) \| (\d*) ?\| (\d*).*\|$", table, re.MULTILINE)
     path, optional = (sum(int(row[i] or 0) for row in rows) for i in (1, 2))
