@@ -339,6 +339,9 @@ def fake_quantize(x, params):
     xp = array_namespace(x)
     scale, zero_point = _broadcast(params, x, xp)
     u = _in_steps(x, scale, params, xp)
+    if is_torch_array(u) and not u.requires_grad and u.dtype == scale.dtype == zero_point.dtype:
+        # In place: new memory for each step would take most of the time.
+        return u.round_().add_(zero_point).clamp_(params.qmin, params.qmax).sub_(zero_point).mul_(scale)
     rounded = xp.round(u)
     if is_torch_array(u) and u.requires_grad:
         if not _slopes_are_finite(u, scale, xp):

@@ -94,7 +94,7 @@ def products(model, tokens, places, outputs=64):
             for (layer, site), x in capture(model, tokens, places).items()}
 
 
-def statistics(model, tokens, sites=SITES, *, skip=0):
+def statistics(model, tokens, sites=SITES):
     """`Statistics` of every layer at some sites, without keeping the activations.
 
     Parameters
@@ -102,8 +102,6 @@ def statistics(model, tokens, sites=SITES, *, skip=0):
     model : SmolLM
     tokens : int64 tensor, shape (N, T)
     sites : iterable of str, of `qlab.smollm.SITES`
-    skip : int, 0 to T − 1
-        So many tokens at the head of each sequence are read, but not counted: 1 leaves massive activations out.
 
     Returns
     -------
@@ -112,16 +110,16 @@ def statistics(model, tokens, sites=SITES, *, skip=0):
     Raises
     ------
     ValueError
-        As `capture`, if ``skip`` is out of range, or if an activation is NaN or infinite.
+        As `capture`, or if an activation is NaN or infinite.
     """
     check_tokens(model, tokens)
-    sites, skip = list(sites), check_integer(skip, "skip", 0, tokens.shape[1] - 1)
+    sites = list(sites)
     places = check_places(model, [(layer, site) for layer in range(len(model.blocks)) for site in sites])
     ends = {place: ([], []) for place in places}
 
     def add(low, high, x):
-        low.append(x[:, skip:].amin((0, 1)))
-        high.append(x[:, skip:].amax((0, 1)))
+        low.append(x.amin((0, 1)))
+        high.append(x.amax((0, 1)))
 
     _watch(model, tokens, {place: partial(add, *pair) for place, pair in ends.items()})
     found = {place: Statistics(torch.stack(low).amin(0), torch.stack(high).amax(0))

@@ -113,20 +113,6 @@ def test_statistics_are_those_of_the_captured_activations(captured, found):
         assert torch.equal(one.absmax, x.abs().max(0).values)
 
 
-def test_statistics_without_the_first_tokens(model, tokens, captured):
-    for skip in (1, 31):
-        for place, one in statistics(model, tokens, ["down_in"], skip=skip).items():
-            x = captured[place].view(2, 32, -1)[:, skip:].flatten(0, 1)
-            assert torch.equal(one.low, x.min(0).values)
-            assert torch.equal(one.high, x.max(0).values)
-
-
-@pytest.mark.parametrize("skip", [-1, 32, 1.5])
-def test_not_all_tokens_can_be_skipped(model, tokens, skip):
-    with pytest.raises(ValueError, match=f"skip must be an integer from 0 to 31, got {skip}"):
-        statistics(model, tokens, skip=skip)
-
-
 def test_sites_are_told_in_the_order_that_was_asked_for(model, tokens):
     asked = statistics(model, tokens[:1, :4], iter(["down_in", "attn_in"]))
     assert list(asked) == list(itertools.product(range(Sizes.num_hidden_layers), ["down_in", "attn_in"]))

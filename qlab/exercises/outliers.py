@@ -57,7 +57,7 @@ PREDICTIONS = {
     "clipped to ±6": Question(
         "Clipping to ±6 does most harm at", (
             Option("attn_in", lambda most: most == "attn_in",
-                   "The ridge of layer 12 reaches 9.9, so the largest loses a third. What do others lose?"),
+                   "The ridge of layer 12 reaches 9.9, so the largest loses two fifths. What do others lose?"),
             Option("mlp_in", lambda most: most == "mlp_in",
                    "Compare how far the largest value is from 6 at each site: the table of section 3."),
             Option("down_in", lambda most: most == "down_in"),

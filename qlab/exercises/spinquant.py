@@ -54,7 +54,7 @@ PREDICTIONS = {
                    "That holds for activations. Look at what folding the gains does to the columns of a row."),
             Option("within a tenth", lambda ratio: 0.9 < ratio < 1.1,
                    "No length changes, yet before that the gains are multiplied into the weights: read that row."),
-            Option("twice as large or more", lambda ratio: ratio > 1.7),
+            Option("about twice as large, or more", lambda ratio: ratio > 1.7),
         )),
     "where learning helps": Question(
         "Learning beats Hadamard by a tenth or more", (

@@ -1,7 +1,7 @@
 """Lesson 06's two files: ``python -m qlab.studies.smoothquant``, a quarter of an hour on two cores.
 
 ``smoothquant.json``: how far SmolLM2, quantized in several ways, is from itself in float, on 1,024 tokens of each of
-the three texts of `qlab.evaluation`. As in the lesson: ranges from the first eight sequences of the calibration text,
+the three texts of `qlab.evaluation`. Ranges from the first eight sequences of the calibration text (the lesson: four),
 one scale for each row of the weights, and α = 0.7 where nothing else is said, which calibration text has chosen.
 
 ``smoothing.npz``: of the matrices at the places of `qlab.samples.products`, what decides their s and the reach of

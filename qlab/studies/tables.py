@@ -94,7 +94,7 @@ def load(study):
     Parameters
     ----------
     study : str
-        The module's name: "smoothquant", "spinquant", "gptq" or "blocks".
+        The module's name: "outliers", "smoothquant", "spinquant", "gptq" or "blocks".
 
     Returns
     -------

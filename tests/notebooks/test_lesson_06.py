@@ -1,6 +1,5 @@
 """What lesson 06 says of smoothing, against the intervals that it prints (nbval measures those of the model again)."""
 
-import numpy as np
 import pytest
 
 from qlab.explorers import smoothing
@@ -29,9 +28,9 @@ def higher(found):
 
 
 def test_alpha_is_chosen_inside_and_is_that_of_the_study():
-    results = {alpha: intervals("06", f"alpha {alpha}: KL")[0][0] for alpha in (None, 0.3, 0.5, 0.7, 1.0)}
+    results = {alpha: intervals("06", f"alpha {alpha}: KL")[0][0] for alpha in (None, 0.5, 0.7, 1.0)}
     assert min(results, key=results.get) == study.ALPHA
-    assert results[0.3] > results[0.5] > results[0.7] < results[1.0]
+    assert results[None] > results[0.5] > results[0.7] < results[1.0]
 
 
 def test_the_verdict():
@@ -45,7 +44,7 @@ def test_the_verdict():
 
 def test_the_study_and_the_lesson_measure_the_same():
     """The lesson's tokens are the first half of the study's."""
-    for line, name in (("code, none:", "none"), ("code, smoothed: KL", "α 0.7"), ("int8: KL", "int8"),
+    for line, name in (("code, none:", "none"), ("code, smoothed: KL", "α 0.7"),
                        ("int8, smoothed: KL", "int8, smoothed")):
         (_, low, high), _ = intervals("06", line)
         assert low < SHIPPED.row(name, "code").kl_high and SHIPPED.row(name, "code").kl_low < high
@@ -65,6 +64,11 @@ def test_pairs_and_down():
         assert down[2] < pairs[1] / 2
     assert all(lower(kl) for kl, _ in printed("α 0.7 / up and down"))
     assert all(kl[2] < 0.25 for kl, _ in printed("6 bits, smoothed / 6 bits, none"))
+
+
+def test_down_in_float_leaves_little():
+    for text in TEXTS:
+        assert intervals("06", f"int8, smoothed, down in float, {text}:")[0][2] < 0.05
 
 
 def test_levels():
@@ -110,20 +114,19 @@ def test_what_is_seen_in_the_figure(figure):
     by_vector, off_by_vector = errors(attention, RIGHT, VECTOR)
     assert by_vector.min() < off_by_vector / 2 and ALPHAS[by_vector.argmin()] > ALPHAS[curve.argmin()]
     curve, off = errors(attention, PRINTED, TENSOR)
-    assert curve.min() > off
+    assert curve.min() > off and curve[-1] > 5 * off  # “far worse as α grows”
+    for place, per in ((attention, VECTOR), (needle, VECTOR), ((29, "mlp_in"), TENSOR)):
+        curve, off = errors(place, PRINTED, per)
+        assert curve[0] < off  # “can be better than off”
     curve, off = errors(needle, RIGHT, TENSOR)
     assert 0.9 * off < curve.min()
     curve, off = errors(needle, RIGHT, VECTOR)
-    assert curve.min() < off / 4
+    assert curve.min() < off / 4 and ALPHAS[curve.argmin()] == pytest.approx(0.65)
     curve, off = errors((12, "o_in"), RIGHT, TENSOR)
     assert curve.min() > off / 2
 
 
 def test_the_whole_model_in_the_figure():
     for text in TEXTS:
-        kl = {alpha: SHIPPED.row(f"α {alpha}", text) for alpha in study.ALPHAS}
-        least = [alpha for alpha, one in kl.items() if one.kl <= min(other.kl_high for other in kl.values())]
-        assert np.isclose(study.ALPHA, least).any()
-        assert text == "prose" or min(kl, key=lambda alpha: kl[alpha].kl) == study.ALPHA
-        assert all(kl[alpha].kl_low > SHIPPED.row("none", text).kl_high for alpha in (0.0, 0.1, 0.2))
-    assert SHIPPED.row("α 0.6", "prose").kl_high > SHIPPED.row("α 0.7", "prose").kl_low
+        kl = {alpha: SHIPPED.row(f"α {alpha}", text).kl for alpha in study.ALPHAS}
+        assert min(kl, key=kl.get) in (0.6, 0.7)

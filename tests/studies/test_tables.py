@@ -9,17 +9,18 @@ import torch
 
 from qlab import smollm
 from qlab.evaluation import Judge
-from qlab.studies import blocks, gptq, smoothquant, spinquant, tables
+from qlab.studies import blocks, gptq, outliers, smoothquant, spinquant, tables
 from tests.small_model import small_model
 
 TEXTS = ("prose", "code", "documentation")
 SPINQUANT = {f"{part}: {method}" for part, methods in spinquant.METHODS.items() for method in methods}
 METHODS = {  # what there has to be, beside what is contrasted
     "blocks": {", ".join(row) for row in blocks.ROWS}, "gptq": set(),
-    "smoothquant": {f"α {alpha}" for alpha in smoothquant.ALPHAS}, "spinquant": SPINQUANT,
+    "outliers": {"PyTorch int8"}, "smoothquant": {f"α {alpha}" for alpha in smoothquant.ALPHAS}, "spinquant": SPINQUANT,
 }
 CONTRASTS = {
-    "blocks": blocks.CONTRASTS, "gptq": gptq.CONTRASTS, "smoothquant": smoothquant.CONTRASTS,
+    "blocks": blocks.CONTRASTS, "gptq": gptq.CONTRASTS, "outliers": outliers.CONTRASTS,
+    "smoothquant": smoothquant.CONTRASTS,
     "spinquant": [pair for pair in spinquant.CONTRASTS if {*pair} <= SPINQUANT],  # nothing was learned end to end
 }
 
