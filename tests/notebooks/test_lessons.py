@@ -201,7 +201,7 @@ def sources(lesson):
     return [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"]
 
 
-@pytest.mark.parametrize("lesson", ["01", "02", "03", "04", "05", "08", "09"])
+@pytest.mark.parametrize("lesson", ["01", "02", "03", "04", "05", "06", "07", "08", "09"])
 def test_an_hour_leads_through_a_lesson_and_the_rest_is_marked_as_optional(lesson):
     texts = sources(lesson)
     stated = re.search(r"\*\*Time\*\* (\d+) minutes, and\s+(\d+)\s+more", "\n".join(texts))
