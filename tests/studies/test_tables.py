@@ -27,7 +27,9 @@ CONTRASTS = {
 
 def seeds(study, method):
     if study == "spinquant":
-        return tables.load(study).about["run"]["seeds"] if "R1" in method else 1
+        all_of_them = tables.load(study).about["run"]["seeds"]
+        contrasted = method.endswith((spinquant.HADAMARD, spinquant.LEARNED))
+        return all_of_them if contrasted else spinquant.FEWER_SEEDS if "R1" in method else 1
     return gptq.SEEDS if (study, method) == ("gptq", "W4A4KV4 Hadamard, GPTQ") else 1
 
 
