@@ -172,10 +172,9 @@ def violations(page, rules=None, text=".jp-MarkdownOutput"):
 
     By all of its rules, or those named in ``rules``. One text for each element: the rule, its HTML, where, and why.
     """
-    size = page.viewport_size
+    size, style = page.viewport_size, page.add_style_tag(content=ONLY_OUTPUTS)
     total = page.locator(".jp-WindowedPanel-outer:visible").evaluate("pane => pane.scrollHeight")
     page.set_viewport_size({**size, "height": total + 400})  # axe judges the contrast of what is in the window
-    style = page.add_style_tag(content=ONLY_OUTPUTS)
     try:
         options = {"resultTypes": ["violations"], "rules": {rule: {"enabled": False} for rule in NOT_OURS}}
         options |= {"runOnly": rules} if rules else {}

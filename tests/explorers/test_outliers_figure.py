@@ -21,6 +21,7 @@ from tests.explorers.checks import (
     assert_refuses,
     assert_same_whichever_way,
     assert_words,
+    between,
     figures,
     own,
     pairwise,
@@ -31,7 +32,7 @@ from tests.explorers.checks import (
     without_pixels,
 )
 
-THRESHOLDS = (2.0 ** np.linspace(-2, 12, 16)).tolist()
+THRESHOLDS = [2.0 ** place for place in between(-2, 12)]
 PRODUCTS = samples.products()
 PLACES = list(PRODUCTS)
 TREATMENTS = (KEEP, CLIP, ZERO, FLOAT)
