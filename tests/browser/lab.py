@@ -78,6 +78,7 @@ class Desk:
 
     def open(self, name, notebook=None):
         """Open ``name``, once ``notebook`` is written there; the one before is closed, and its kernel."""
+        self.page.bring_to_front()  # one behind another is drawn once in a second
         if notebook is not None:
             nbformat.write(notebook, self.folder / name)
         if self.page.url.startswith(self.address):
@@ -139,7 +140,7 @@ def chromium(width=1280, height=800):
             profile, executable_path=find_chromium(), headless=True, args=CHROMIUM_FLAGS,
             viewport={"width": width, "height": height},
         )
-        yield context.new_page()
+        yield context.pages[0]
         context.close()
 
 

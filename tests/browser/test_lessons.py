@@ -63,9 +63,8 @@ def test_there_are_lessons():
 
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_lesson(desk, lesson):
-    page = desk.page
-    said = errors_of_the_console(page)
-    desk.open(lesson, for_the_browser(nbformat.read(NOTEBOOKS / lesson, as_version=4)))
+    page = desk.open(lesson, for_the_browser(nbformat.read(NOTEBOOKS / lesson, as_version=4)))
+    said = errors_of_the_console(page)  # from here on: JupyterLab may say something while it closes the lesson before
     assert run_all(page) == []
     outputs = page.locator(".jp-OutputArea-output:visible", has=page.locator(".jupyter-widgets img"))
     shown = page.evaluate(VIEWS)
