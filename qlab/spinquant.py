@@ -259,8 +259,8 @@ def rotate(model, r1, r2=None, *, r4=False, check=True):
     Returns
     -------
     SmolLM
-        "rotated by R1", or "rotated by R1, R2, R4", is added to its ``changes``. The products are computed in the
-        model's precision, in float32 at least.
+        "rotated by R1", or "rotated by R1, R2, R4", is added to its ``changes``. The products are computed in float64
+        and stored in the model's precision.
 
     Raises
     ------
@@ -281,14 +281,12 @@ def rotate(model, r1, r2=None, *, r4=False, check=True):
         raise ValueError(f"model must have its gains folded: rotate(fold_gains(model), …); got one that was changed: "
                          f"{', '.join(model.changes) or 'not at all'}")
     layers, head_dim, weight = len(model.blocks), model.sizes.head_dim, model.embedding.weight
-    precision = torch.promote_types(weight.dtype, torch.float32)
-    r1 = _check_orthogonal(r1, "r1", model.sizes.hidden_size).to(weight.device, precision)
+    dtype, r1 = weight.dtype, _check_orthogonal(r1, "r1", model.sizes.hidden_size).to(weight.device)
     if r2 is not None:
-        r2 = _check_orthogonal(r2, "r2", head_dim, layers).to(weight.device, precision).expand(layers, -1, -1)
-    old = {name: tensor.to(precision) for name, tensor in old.items()}
-    weights = {f"{name}.weight": old[f"{name}.weight"] @ r1 for name in ("embedding", "head")}
+        r2 = _check_orthogonal(r2, "r2", head_dim, layers).to(weight.device).expand(layers, -1, -1)
+    weights = {f"{name}.weight": (old[f"{name}.weight"].double() @ r1).to(dtype) for name in ("embedding", "head")}
     for i in range(layers):
-        w = {name: old[f"blocks.{i}.{name}.weight"] for names in READERS.values() for name in names}
+        w = {name: old[f"blocks.{i}.{name}.weight"].double() for names in READERS.values() for name in names}
         w |= {name: w[name] @ r1 for name in ("q", "k", "v", "gate", "up")}
         w |= {name: r1.T @ w[name] for name in ("o", "down")}
         if r2 is not None:
@@ -296,7 +294,7 @@ def rotate(model, r1, r2=None, *, r4=False, check=True):
             w["o"] = (w["o"].unflatten(1, (-1, head_dim)) @ r2[i]).flatten(1)
         if r4:
             w["down"] = fast_hadamard(w["down"])
-        weights |= {f"blocks.{i}.{name}.weight": tensor for name, tensor in w.items()}
+        weights |= {f"blocks.{i}.{name}.weight": weight.to(dtype) for name, weight in w.items()}
     names = ["R1", *["R2"] * (r2 is not None), *["R4"] * r4]
     return reweighted(model, weights, f"rotated by {', '.join(names)}")
 
