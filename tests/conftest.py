@@ -2,18 +2,27 @@
 
 import os
 import re
-from itertools import groupby
+from collections import defaultdict
 from pathlib import Path
 
 import hypothesis
 import nbformat
 import pytest
 import torch
+from xdist.scheduler import LoadFileScheduling
 
 from tests.notebooks.measured import differences, text_of
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # kernels of notebooks share the cores with the other worker, too
 pytest.register_assert_rewrite("tests.exercises.checks", "tests.explorers.checks")
+SAMPLED = (
+    "tests/explorers/", "tests/browser/test_browser.py::test_arrow_keys",
+    *(f"tests/notebooks/test_pages.py::{test}" for test in ("test_every_figure", "test_the_page", "test_answers")),
+    *(f"tests/exercises/test_every_check.py::{test}" for test in ("test_a_misconception_is_", "test_no_hint")),
+    *(f"tests/test_calibration.py::{test}" for test in ("test_no_range", "test_no_symmetric", "test_entropy_equals")),
+    "tests/test_blocks.py::test_each_value", "tests/test_floats.py::test_codes_are_the_nearest_by_fractions",
+    "tests/test_gptq.py::test_gptq_is_obq", "tests/test_qat.py::test_training_mends",
+)
 hypothesis.settings.register_profile("qlab", deadline=None, derandomize=True)  # the same examples on every run
 hypothesis.settings.load_profile("qlab")
 
@@ -57,19 +66,35 @@ class Measured:
             assert not found, "\n".join(found)
 
 
+class OneBrowser(LoadFileScheduling):
+    """A file is for one worker; so are all browser tests, which share a browser and a JupyterLab."""
+
+    def _split_scope(self, nodeid):
+        file = super()._split_scope(nodeid)
+        return "browser" if file.startswith("tests/browser/") else file
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return OneBrowser(config, log)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Files that take long come first, so that no worker waits for the other; browser tests share what they start.
+    """Files that take long come first, so that no worker waits for the other.
 
-    Of a figure's test with many settings, the first, the last and every third are run; the rest are ``long``.
+    Of a test with many settings in the `SAMPLED` files, the first, the last and every fourth are run; the rest are
+    ``long``.
     """
     first = ("tests/browser/", "notebooks/")
     items.sort(key=lambda item: [not item.nodeid.startswith(folder) for folder in first])
-    figures = (item for item in items if item.nodeid.startswith("tests/explorers/") and "[" in item.nodeid)
-    for _, settings in groupby(figures, lambda item: item.nodeid.partition("[")[0]):
-        *rest, _ = settings
-        for item in (item for place, item in enumerate(rest) if place % 3):
-            item.add_marker("long")
+    settings = defaultdict(list)
+    for item in items:
+        if item.nodeid.startswith(SAMPLED) and "[" in item.nodeid:
+            settings[item.nodeid.partition("[")[0]].append(item)
+    for of_a_test in settings.values():
+        for place, item in enumerate(of_a_test[:-1]):
+            if place % 4:
+                item.add_marker("long")
 
 
 def pytest_configure(config):

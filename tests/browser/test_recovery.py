@@ -70,6 +70,7 @@ def test_the_kernel_is_restarted_in_mid_drag(desk, notebook):
     assert_the_lesson_runs(page, OPEN_QUESTION)
 
 
+@pytest.mark.long
 def test_the_page_is_reloaded_and_the_server_started_again(desk, notebook):
     page = desk.open(LESSON, notebook)
     assert run_all(page) == []

@@ -20,6 +20,7 @@ if not importlib.util.find_spec("voila"):
 if not find_chromium() and not os.environ.get("CI"):
     pytest.skip("no Chromium: install it, or name it in QLAB_CHROMIUM", allow_module_level=True)
 
+pytestmark = pytest.mark.long
 LESSON = Path(__file__).parents[2] / "notebooks" / "03_clipping_and_calibration.ipynb"
 
 

@@ -59,7 +59,8 @@ def sweep(control):
         return [control.base ** place for place in between(control.min, control.max)]
     if isinstance(control, widgets.IntSlider):
         few = control.max - control.min < 9
-        return list(range(control.min, control.max + 1)) if few else [*map(round, between(control.min, control.max))]
+        places = range(control.min, control.max + 1) if few else {*map(round, between(control.min, control.max))}
+        return sorted(places)
     if isinstance(control, widgets.FloatSlider):
         return between(control.min, control.max)
     if isinstance(control, widgets.Text):
