@@ -155,7 +155,7 @@ class Explorer:
         self._handles, self._hover, self._ghost, self._main = list(handles), hover, list(ghost), main
         self._pixels = Pixels(figure)
         self._result, self._undo, self._quiet = None, [], False
-        self._grasp, self._before, self._start = None, None, None
+        self._grasp, self._before, self._start, self._over = None, None, None, None
         self._hidden, self._until, self._parts = set(), (), dict(parts or {})
         self._followers = []
         self._chip_values = dict(chips or {})
@@ -184,9 +184,9 @@ class Explorer:
                 control.observe(self._let_go, names="held")
         for label, button in self.chips.items():
             button.on_click(lambda _, label=label: self._press(label))
-        self._picture.observe(self._pointed, names="pointer")
+        self._picture.observe(lambda change: self._pointed(change["new"]), names="pointer")
         self._picture.observe(self._sharpen, names="ratio")
-        self._picture.on_msg(lambda _, content, buffers: self.reset() if content.get("reset") else None)
+        self._picture.on_msg(lambda _, content, buffers: self._told(content))
         self._listen()
 
     def set(self, **values):
@@ -410,11 +410,18 @@ class Explorer:
             self._pixels.veil(())
         self._step(values, grasp=grasp)
 
-    def _pointed(self, change):
+    def _told(self, content):
+        if content.get("reset"):
+            self.reset()
+        if "pointer" in content:
+            self._pointed(content["pointer"])
+
+    def _pointed(self, pointer):
         with LOCK:
-            pointer = change["new"]
             if "hover" in pointer:
                 self._picture.tip = self._under(pointer["hover"])
+                return
+            if pointer["drag"] == self._over:  # a move that the browser had held back
                 return
             try:
                 if not self._start or pointer["drag"] != self._start.drag:
@@ -423,6 +430,7 @@ class Explorer:
             except Exception as error:
                 self._fail(error)
             if not pointer["held"]:
+                self._over = pointer["drag"]
                 self._let_go({"new": 0})
 
     def _take(self, pointer):

@@ -75,7 +75,7 @@ function render({ model, el }) {
   });
   frame.addEventListener("lostpointercapture", () => {
     if (!drag) return;
-    tell({ ...drag, held: false });
+    model.send({ pointer: { ...drag, held: false } });  // at once: a state waits until the one before was answered
     drag = null; frame.style.cursor = ""; frame.classList.remove("qlab-held");
   });
   frame.addEventListener("pointerleave", () => {

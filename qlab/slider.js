@@ -23,7 +23,7 @@ function render({ model, el }) {
   const log = model.get("base");
   const real = place => log ? log ** place : place;
   const place = () => log ? Math.log(model.get("value")) / Math.log(log) : model.get("value");
-  let grasp = null, unsent = false, grasps = 0;
+  let grasp = null, unsent = false, told = false, grasps = 0;
 
   const snap = to => {
     const [min, max, step] = ["min", "max", "step"].map(name => model.get(name));
@@ -53,12 +53,14 @@ function render({ model, el }) {
     if (value === model.get("value") && !unsent) return;
     model.set("value", value);
     if (model.get("watched")) model.set("held", grasps);
-    unsent = !now;
+    unsent = !now; told = true;
     if (now) model.save_changes();
   }
   function letGo() {
     if (unsent) tell(model.get("value"), true);
     if (model.get("held")) { model.set("held", 0); model.save_changes(); }
+    if (told) model.send({});  // a state waits until the one before was answered; a kernel that overlooked that one looks
+    told = false;
   }
 
   const at = event => {

@@ -353,9 +353,12 @@ class Held(Line):
         return [float(across), float(1 - up)]
 
     def point(self, start, at, drag=1, held=True, grip=(1, 0)):
-        """As the browser tells of a pointer."""
-        self.explorer._picture.set_state({"pointer": {
-            "drag": drag, "grip": list(grip), "start": self.share(*start), "at": self.share(*at), "held": held}})
+        """As the browser tells of a pointer: by a state, which may wait for the one before, and of the end at once."""
+        pointer = {"drag": drag, "grip": list(grip), "start": self.share(*start), "at": self.share(*at), "held": held}
+        if held:
+            self.explorer._picture.set_state({"pointer": pointer})
+        else:
+            self.explorer._picture._handle_custom_msg({"pointer": pointer}, [])
 
 
 def test_a_drag_ends_where_the_last_event_says():
@@ -366,6 +369,15 @@ def test_a_drag_ends_where_the_last_event_says():
     assert held.values()["slope"] == pytest.approx(2.5)
     assert held.values()["mirror"] == pytest.approx(1.0)
     assert not held.explorer.errors
+
+
+def test_a_move_that_the_browser_held_back_until_after_the_end():
+    held = Held()
+    held.point((8, 1), (8, 2.5), held=False)
+    held.point((8, 1), (8, 1.5))
+    assert held.values()["slope"] == 2.5
+    held.point((8, 2.5), (8, 1.5), drag=2)
+    assert held.values()["slope"] == 1.5
 
 
 def test_a_mark_taken_beside_its_middle_does_not_jump():

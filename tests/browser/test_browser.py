@@ -96,17 +96,18 @@ class Figure:
 
 
 @pytest.fixture(scope="module")
-def said(desk):
-    return errors_of_the_console(desk.page)
-
-
-@pytest.fixture(scope="module")
-def figures(desk, said):
+def figures(desk):
     imports = "from qlab import samples\nfrom qlab.explorers import clipping, drift, float_bits, granularity, mapping"
     page = desk.show("small.ipynb", imports, *(f"{name} = {code}\n{name}" for name, code in SMALL.items()))
     outputs = page.locator(".jp-OutputArea-output", has=page.locator("img"))
     outputs.nth(len(SMALL) - 1).wait_for()
     return {name: Figure(page, outputs.nth(i), name) for i, name in enumerate(SMALL)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def said(figures, desk):
+    """Of these figures: JupyterLab may say something while it closes the notebook before."""
+    return errors_of_the_console(desk.page)
 
 
 @pytest.fixture
