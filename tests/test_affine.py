@@ -31,7 +31,7 @@ from qlab.affine import (
 SEVEN = np.float32([5.47, 3.08, -7.59, 0, -1.95, -4.57, 10.8])
 ZERO_POINTS = [-128, -23, 0, 3, 127]
 SCALES = [0.0625, 0.0721176, 3.7e-3]  # the first is a power of two
-PROPERTY = settings(max_examples=150)
+PROPERTY = settings(max_examples=100)
 
 
 def many_values(scale, n=200_000):

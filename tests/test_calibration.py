@@ -24,7 +24,7 @@ from qlab.calibration import (
     percentile,
 )
 
-PROPERTY = settings(max_examples=200)
+PROPERTY = settings(max_examples=100)
 ROUND_BLOCK = [1, 7, 8, 9, 31, 32, 33]  # the profile keeps one sum for every 8 values
 
 

@@ -37,7 +37,7 @@ from qlab.ptq import QuantizedLayer
 from tests import onnx_export
 from tests.onnx_export import to_onnx
 
-PROPERTY = settings(max_examples=500)
+PROPERTY = settings(max_examples=200)
 INT32 = st.integers(INT32_MIN, INT32_MAX)
 INT8 = {"zero_point": 0, "qmin": -128, "qmax": 127}
 

@@ -165,7 +165,10 @@ def test_logits_equal_transformers(model, reference):
         assert (model(tokens) - reference(tokens).logits).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("lengths", [(1,) * 8, (3, 1, 1, 3), (1, 7)], ids=["one by one", "parts", "one, rest"])
+@pytest.mark.parametrize("lengths", [
+    pytest.param((1,) * 8, id="one by one", marks=pytest.mark.long), pytest.param((3, 1, 1, 3), id="parts"),
+    pytest.param((1, 7), id="one, rest", marks=pytest.mark.long),
+])
 def test_a_cache_changes_nothing(model, reference, lengths):
     tokens = some_tokens(2, 8, seed=1)
     caches, theirs = [{} for _ in model.blocks], DynamicCache()
@@ -197,6 +200,7 @@ def test_generation_equals_transformers(model, reference):
     assert ours.startswith(generate(model, prompt, 1))
 
 
+@pytest.mark.long
 def test_a_conversation_ends_where_transformers_ends_it(model, reference):
     prompt = ("<|im_start|>system\nAnswer in one word.<|im_end|>\n<|im_start|>user\nWhat is the capital of France?"
               "<|im_end|>\n<|im_start|>assistant\n")

@@ -23,6 +23,7 @@ from tests.explorers.checks import (
     message,
     pictures_along,
     values,
+    without_pixels,
 )
 
 WEIGHTS = samples.load("weights")
@@ -99,9 +100,10 @@ def test_words(name):
 @given(st.integers(1, 7), st.sampled_from(["absmax", "zero-point", "α, β"]), st.integers(2, 8), st.floats(0.5, 12))
 def test_the_line_of_a_value(value, scheme, bits, beta):
     """Each step can be made from the one before it, and the last is the level of the quantizer."""
-    explorer = at_seven()
-    explorer.set(bits=bits, value=value)
-    explorer.set(**{"beta": beta} if scheme == "α, β" else {"scheme": scheme})
+    with without_pixels():
+        explorer = at_seven()
+        explorer.set(bits=bits, value=value)
+        explorer.set(**{"beta": beta} if scheme == "α, β" else {"scheme": scheme})
     numbers = explorer.readout
     words = numbers["line"].replace("−", "-").split(" → ")
     x, steps, rounded, moved, q, x_hat, error = (float(re.findall(r"[-+]?[\d.]+(?:e[-+]?\d+)?", word)[-1])
