@@ -82,8 +82,7 @@ def pytest_xdist_make_scheduler(config, log):
 def pytest_collection_modifyitems(items):
     """Files that take long come first, so that no worker waits for the other.
 
-    Of a test with many settings in the `SAMPLED` files, the first, the last and every fourth are run; the rest are
-    ``long``.
+    Of a test with many settings in `SAMPLED`, the first, the last and every sixth are run; the rest are ``long``.
     """
     first = ("tests/browser/", "notebooks/")
     items.sort(key=lambda item: [not item.nodeid.startswith(folder) for folder in first])
@@ -93,7 +92,7 @@ def pytest_collection_modifyitems(items):
             settings[item.nodeid.partition("[")[0]].append(item)
     for of_a_test in settings.values():
         for place, item in enumerate(of_a_test[:-1]):
-            if place % 4:
+            if place % 6:
                 item.add_marker("long")
 
 

@@ -491,6 +491,7 @@ def test_models_in_half_precision(tokens):
 # The real model
 
 
+@pytest.mark.long
 def test_the_real_model():
     model = smollm.load(progress=False)
     del model.blocks[2:]

@@ -1,5 +1,6 @@
 """The language model against transformers' LLaMA and its GGUF file; its loader against what can go wrong."""
 
+import importlib
 import itertools
 import json
 import math
@@ -30,7 +31,6 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from qlab import fetching, smollm
 from qlab.outliers import dynamic_quantizers, statistics
@@ -70,6 +70,12 @@ CURIOUS = ("Grüße, 안녕하세요! 양자화는 재미있다. 🙂👩‍🔬
 @pytest.fixture(scope="module")
 def model():
     return smollm.load(progress=False)
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    """Imported by the worker that runs this file alone: it takes four seconds."""
+    return importlib.import_module("transformers")
 
 
 @pytest.fixture(scope="module")
@@ -169,9 +175,9 @@ def test_logits_equal_transformers(model, reference):
     pytest.param((1,) * 8, id="one by one", marks=pytest.mark.long), pytest.param((3, 1, 1, 3), id="parts"),
     pytest.param((1, 7), id="one, rest", marks=pytest.mark.long),
 ])
-def test_a_cache_changes_nothing(model, reference, lengths):
+def test_a_cache_changes_nothing(model, reference, transformers, lengths):
     tokens = some_tokens(2, 8, seed=1)
-    caches, theirs = [{} for _ in model.blocks], DynamicCache()
+    caches, theirs = [{} for _ in model.blocks], transformers.DynamicCache()
     with torch.inference_mode():
         parts = tokens.split(lengths, 1)
         logits = torch.cat([model(part, caches) for part in parts], 1)
@@ -439,12 +445,12 @@ def test_no_such_site(model, key):
 # A small model
 
 
-def test_a_learner_builds_a_small_model():
+def test_a_learner_builds_a_small_model(transformers):
     small = smollm.SmolLM(Sizes(vocab_size=90, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
                                 num_attention_heads=4, num_key_value_heads=2, head_dim=8))
     assert small.head.weight is small.embedding.weight and len(small.blocks) == 3
     tokens = torch.arange(24).view(2, 12)
-    llama = LlamaForCausalLM(LlamaConfig(
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=90, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, head_dim=8,
         num_key_value_heads=2, rms_norm_eps=1e-5, rope_theta=1e5, tie_word_embeddings=True))
     theirs = {"embedding": "model.embed_tokens", "head": "lm_head", "norm": "model.norm"}

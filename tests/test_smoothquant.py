@@ -292,6 +292,7 @@ def test_torch_kernels(tokens):
 # The real model
 
 
+@pytest.mark.long
 def test_the_real_model():
     model = smollm.load(progress=False)
     tokens = texts(model)["prose"][:1, :64]

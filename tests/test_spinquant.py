@@ -733,6 +733,7 @@ def test_r2_differs_between_layers_and_seeds():
 # The real model
 
 
+@pytest.mark.long
 def test_the_real_model():
     model = smollm.load(progress=False)
     del model.blocks[5:]

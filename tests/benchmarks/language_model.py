@@ -7,7 +7,6 @@ import sys
 import time
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlab import smollm
 
@@ -76,6 +75,8 @@ def opening(repeats=5):
 
 def transformers_model(model):
     """transformers' LLaMA on the same weights in memory."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # four seconds, for those who need it
+
     with torch.device("meta"):
         llama = LlamaForCausalLM(LlamaConfig(
             hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,

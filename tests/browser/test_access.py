@@ -49,7 +49,7 @@ def figures(desk):
     return {name: Figure(page, outputs.nth(i), name) for i, name in enumerate(FIGURES)}
 
 
-@pytest.fixture(params=["Light", "Dark"])
+@pytest.fixture(params=[pytest.param("Light", marks=pytest.mark.long), "Dark"])
 def theme(request, figures):
     page = figures["live"].page
     set_theme(page, request.param)

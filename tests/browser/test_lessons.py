@@ -12,7 +12,7 @@ from tests.browser.test_browser import Figure  # which skips this module, too, w
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 LESSONS = sorted(path.name for path in NOTEBOOKS.glob("*.ipynb"))
-QUICK = ("00", "08")  # the first one, and one with a model, figures of all kinds and no training: the others are long
+QUICK = "08"  # a lesson with figures of all kinds and no training: the others are long
 VIEWS = """() => Array.from(jupyterapp.shell.currentWidget.content.model.cells).filter(c => c.type === 'code')
   .flatMap(c => c.sharedModel.outputs)
   .filter(o => o.data?.['application/vnd.jupyter.widget-view+json'] && o.data['image/png']).length"""

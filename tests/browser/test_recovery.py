@@ -7,6 +7,7 @@ from tests.browser.lab import KERNEL_READY, ask_kernel, jupyterlab, open_noteboo
 from tests.browser.test_browser import Figure
 from tests.browser.test_lessons import NOTEBOOKS
 
+pytestmark = pytest.mark.long
 LESSON = "03_clipping_and_calibration.ipynb"
 ANSWER = """def clipping_error(x, alpha, beta):
     return np.mean((x - np.clip(x, alpha, beta)) ** 2)
@@ -70,7 +71,6 @@ def test_the_kernel_is_restarted_in_mid_drag(desk, notebook):
     assert_the_lesson_runs(page, OPEN_QUESTION)
 
 
-@pytest.mark.long
 def test_the_page_is_reloaded_and_the_server_started_again(desk, notebook):
     page = desk.open(LESSON, notebook)
     assert run_all(page) == []
