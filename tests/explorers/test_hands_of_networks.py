@@ -295,6 +295,7 @@ def test_a_channel_of_a_rotation():
     assert f"largest |x|: {SIZE.max():.4g} → " in hand.under(hand.axes("|x|"), (PEAK, 1))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("place", list(samples.products()))
 def test_what_stands_in_front_in_a_landscape(place):
     hand = Hand(landscape(), place=place)

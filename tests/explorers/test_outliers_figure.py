@@ -339,6 +339,7 @@ def test_other_shapes(tokens, channels, outputs):
     assert not explorer.errors
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("tokens, channels", [(7, 100), (1, 64), (1, 1), (9, 1), (500, 8), (201, 401), (200, 200)])
 def test_landscapes_of_other_shapes(tokens, channels, monkeypatch):
@@ -385,6 +386,7 @@ def test_everything_is_treated():
         assert_reads_and_shows(explorer, x, w)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", MAKERS)
 def test_other_kinds_of_arrays(name):

@@ -445,6 +445,7 @@ def test_bits_to_start_with(bits):
 # places and rotations of one's own
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("tokens, channels, outputs", [(7, 64, 5), (1, 16, 3), (300, 8, 4), (3, 256, 1), (9, 2, 2)])
 def test_powers_of_two(tokens, channels, outputs):
@@ -460,6 +461,7 @@ def test_powers_of_two(tokens, channels, outputs):
     assert not explorer.errors
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("tokens, channels", [(7, 100), (1, 3), (9, 1)])
 def test_where_no_hadamard_matrix_fits(tokens, channels):
@@ -519,6 +521,7 @@ def test_rotations_of_ones_own():
     assert explorer.readout == as_is
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("error")
 def test_other_kinds_of_rotations():
     x, w = own(6, 48)
