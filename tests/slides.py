@@ -94,9 +94,15 @@ def lines(cell):
     """Height of a cell on a slide, in lines of text."""
     if cell.cell_type == "markdown":
         return sum(math.ceil(len(line) / COLUMNS) if line else 0.5 for line in cell.source.splitlines())
-    printed = "".join(output.get("text", "") for output in cell.outputs).splitlines()
+    printed = "".join(map(printed_by, cell.outputs)).splitlines()
     pictures = [output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
     return 1 + len(cell.source.splitlines()) + len(printed) + sum(map(pixel_rows, pictures)) / LINE
+
+
+def printed_by(output):
+    """What a cell prints, also in a fold, which will be opened."""
+    data = output.get("data", {})
+    return output.get("text", "") or (data["text/plain"] if "text/html" in data else "")
 
 
 def pixel_rows(png):

@@ -6,8 +6,8 @@ the others, the second is told which step to look at, and the third the hint, to
 that gives ``...``, or a tuple with one) is not answered yet, which is no error: a notebook runs to its end with open
 exercises. `summary` lists which checks have passed, and how predictions went.
 
-`predict` asks a question whose answer the lesson computes. `reveal` shows a teacher the answers. `page_to_keep` is the
-sheet that a learner takes home.
+`predict` asks a question whose answer the lesson computes, and what a cell prints under `answer_to` is folded until it
+is answered. `reveal` shows a teacher the answers. `page_to_keep` is the sheet that a learner takes home.
 
 The module of a check, or of a prediction, has the name of the core module that the exercise is about.
 
@@ -20,7 +20,7 @@ from pkgutil import iter_modules
 from qlab.exercises.checking import summary
 from qlab.exercises.drilling import drill
 from qlab.exercises.keeping import page_to_keep
-from qlab.exercises.predicting import ask, reveal
+from qlab.exercises.predicting import ask, fold, reveal
 
 _MODULES = [import_module(f"qlab.exercises.{module}")
             for module in sorted(module.name for module in iter_modules(__path__))]
@@ -31,7 +31,7 @@ QUESTIONS = {
     name: question for module in _MODULES for name, question in getattr(module, "PREDICTIONS", {}).items()
 }
 globals().update(_CHECKS)
-__all__ = ["drill", "page_to_keep", "predict", "reveal", "summary", *_CHECKS]  # noqa: PLE0604
+__all__ = ["answer_to", "drill", "page_to_keep", "predict", "reveal", "summary", *_CHECKS]  # noqa: PLE0604
 
 
 def predict(name, answer, *, figure=None, veil=(), when=None):
@@ -73,6 +73,41 @@ def predict(name, answer, *, figure=None, veil=(), when=None):
     >>> prediction
     ✓ Right: (c) not even 300.
     """
+    _check_name(name)
+    return ask(QUESTIONS[name], name, answer, figure=figure, veil=veil, when=when)
+
+
+def _check_name(name):
     if name not in QUESTIONS:
         raise ValueError(f"name must be one of {', '.join(QUESTIONS)}, got {name!r}")
-    return ask(QUESTIONS[name], name, answer, figure=figure, veil=veil, when=when)
+
+
+def answer_to(*names):
+    """Fold what is printed until the learner has committed to an answer, or was shown it.
+
+    ``with answer_to("sum in FP16"):`` holds the lines of a cell that print the answer. The learner can open the fold;
+    it opens by itself when the last of the questions is answered. After that, the lines print as ever.
+
+    Parameters
+    ----------
+    *names : str
+        Of the questions that this answers, as for `predict`.
+
+    Returns
+    -------
+    context manager
+
+    Raises
+    ------
+    ValueError
+        If there is no such question.
+
+    Examples
+    --------
+    >>> with answer_to("sum in FP16"):
+    ...     print(256.0)
+    256.0
+    """
+    for name in names:
+        _check_name(name)
+    return fold(names)

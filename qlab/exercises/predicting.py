@@ -6,16 +6,20 @@ say of themselves.
 """
 
 import html
+import io
 from collections.abc import Callable
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 
 import ipywidgets as widgets
 import numpy as np
+from IPython.display import display
 
 from qlab.exercises.checking import ASKED, Verdict, show
 from qlab.picture import LOCK
 
 _ALL_SHOWN = []  # a teacher has called `reveal`
+_FOLDED = []  # what cells have printed, each after the names of the questions that it answers
 _LOOK = """
 .qlab-prediction .widget-button { width: auto; height: auto; white-space: normal; text-align: left; line-height: 1.5;
   font-size: 15px; padding: 3px 12px; }
@@ -185,10 +189,13 @@ class Prediction:
         return not (self.commitments or self.shown)
 
     def unveil(self):
-        """Of what predictions hide in this figure, leave hidden what belongs to those that are open."""
+        """Leave hidden, of what predictions hide in this figure and in what is printed, what belongs to open ones."""
         of_this_figure = [other for other in ASKED.values() if other.figure is self.figure and other.hidden]
         if self.figure and of_this_figure:
             self.figure.veil(*(part for other in of_this_figure if other.is_open() for part in other.hidden))
+        for names, printed in [now for now in _FOLDED if not _are_open(now[0])]:
+            _FOLDED.remove((names, printed))
+            printed.unfold()
 
     def update(self):
         """Say what is due: the verdict, once the figure has been where it shows the answer."""
@@ -254,6 +261,46 @@ class Prediction:
     def _repr_mimebundle_(self, include=None, exclude=None):
         view = {"version_major": 2, "version_minor": 0, "model_id": self.widget.model_id}
         return {"application/vnd.jupyter.widget-view+json": view, "text/plain": repr(self)}
+
+
+class Printed:
+    """What a cell has printed: a fold, which opens when the questions that it answers are no longer open."""
+
+    def __init__(self, text):
+        self.text, self.is_folded = text, True
+        self._place = display(self, display_id=True)
+
+    def unfold(self):
+        self.is_folded = False
+        if self._place:  # not outside of a notebook
+            self._place.update(self)
+
+    def __repr__(self):
+        return self.text
+
+    def _repr_html_(self):
+        state = "" if self.is_folded else " open"  # a blank line first: JupyterLab shows the first of what it hides
+        return (f" \n<details{state}><summary>Output, after your prediction</summary>"
+                f'<pre style="white-space:pre-wrap">{html.escape(self.text)}</pre></details>')
+
+
+def _are_open(names):
+    return not _ALL_SHOWN and any(name not in ASKED or ASKED[name].is_open() for name in names)
+
+
+@contextmanager
+def fold(names):
+    """See `qlab.exercises.answer_to`."""
+    if not _are_open(names):
+        yield
+        return
+    text = io.StringIO()
+    try:
+        with redirect_stdout(text):
+            yield
+    finally:
+        if text.getvalue():
+            _FOLDED.append((names, Printed(text.getvalue().removesuffix("\n"))))
 
 
 def ask(question, name, answer, *, figure, veil, when):

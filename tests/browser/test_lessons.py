@@ -49,7 +49,7 @@ def for_the_browser(notebook):
     notebook.cells = []
     for cell in reversed(kept):
         if cell.cell_type == "code":
-            shows = any(output.output_type != "stream" for output in cell.outputs) or "async for" in cell.source
+            shows = any("image/png" in output.get("data", {}) for output in cell.outputs) or "async for" in cell.source
             if not (shows or defined(cell) & needed):
                 continue
             needed |= names(cell, ast.Load)

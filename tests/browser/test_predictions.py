@@ -8,6 +8,7 @@ from tests.browser.test_browser import Figure  # which skips this module, too, w
 CELLS = (
     "from qlab import exercises, samples\nfrom qlab.explorers import clipping",
     'exercises.predict("sum in FP16", 256.0)',
+    'with exercises.answer_to("sum in FP16"):\n    print("it stays at 256")',
     'live = clipping(samples.load("activations"), bits=4)\n'
     'exercises.predict("where the sum is least", 0.29, figure=live, veil=["curves"],\n'
     '                  when=lambda now: abs(now["beta"] - 0.52) < 0.03)',
@@ -34,6 +35,8 @@ def asked(page, place):
 def test_unanswered_nothing_is_said_and_nothing_is_wrong_for_a_reader(page, theme):
     set_theme(page, theme)
     assert page.locator(".qlab-prediction [role=alert]").count() == 0
+    assert page.get_by_text("Output, after your prediction").is_visible()
+    assert page.get_by_text("it stays at 256", exact=True).is_hidden()
     assert violations(page) == []
     set_theme(page, "Light")
 
@@ -47,6 +50,7 @@ def test_by_key_wrong_and_then_right(page):
     page.keyboard.press("Shift+Tab")
     page.keyboard.press("Space")
     verdict.get_by_text("✗ Not (b) about half.").wait_for()
+    page.get_by_text("it stays at 256", exact=True).wait_for()
     assert page.evaluate(FOCUSED) == "(b) about half"  # the focus stays where the hand is
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")

@@ -24,6 +24,7 @@ def _no_predictions_yet(monkeypatch):
     asked, shown = dict(checking.ASKED), list(predicting._ALL_SHOWN)
     checking.ASKED.clear()
     predicting._ALL_SHOWN.clear()
+    predicting._FOLDED.clear()
     monkeypatch.setitem(exercises.QUESTIONS, "sign", SIGN)
     monkeypatch.setitem(exercises.QUESTIONS, "square", SQUARE)
     yield
@@ -155,6 +156,43 @@ def test_a_figure_hides_the_answer_until_it_is_committed_to(figure):
     assert figure.png() == shown and "double: ?" in repr(figure)
     square.commit(8)
     assert "double: 0" in repr(figure)
+
+
+def test_what_is_printed_opens_with_the_last_of_its_questions(monkeypatch):
+    shown = []
+    place = SimpleNamespace(update=lambda printed: shown.append(printed._repr_html_()))
+    monkeypatch.setattr(predicting, "display", lambda printed, display_id: shown.append(printed._repr_html_()) or place)
+    sign = exercises.predict("sign", 1)
+    with exercises.answer_to("sign", "square"):
+        print("1 < 9")
+    square = exercises.predict("square", 9)
+    sign.commit("minus")
+    assert [html.startswith(" \n<details><summary>") for html in shown] == [True]
+    with exercises.answer_to("sign", "square"):
+        print("1 < 10")
+    square.reveal()
+    sign.commit("plus")
+    assert [html.startswith(" \n<details open><summary>") for html in shown] == [False, False, True, True]
+    assert ["1 &lt; 9</pre>" in html for html in shown] == [True, False, True, False]
+
+
+def test_what_is_printed_for_answered_questions_prints_as_ever(capsys):
+    exercises.predict("sign", 1).commit("plus")
+    with exercises.answer_to("sign"):
+        print("at once")
+        assert capsys.readouterr().out == "at once\n"
+
+
+def test_what_was_printed_before_an_error_is_shown(capsys):
+    with pytest.raises(ZeroDivisionError), exercises.answer_to("sign"):
+        print("so far")
+        raise ZeroDivisionError
+    assert capsys.readouterr().out == "so far\n"
+
+
+def test_only_questions_are_answered():
+    with pytest.raises(ValueError, match=r"name must be one of .*sign.*, got 'no such'"):
+        exercises.answer_to("sign", "no such")
 
 
 def test_the_verdict_waits_for_the_figure(figure):

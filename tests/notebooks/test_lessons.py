@@ -214,16 +214,3 @@ def test_an_hour_leads_through_a_lesson_and_the_rest_is_marked_as_optional(lesso
     headings = [match[1] for text in texts if (match := re.match(r"## (\d+\. .*|Practice.*)", text))]
     named = [(re.sub(r"^(\d+) ", r"\1. ", name), on_the_path) for name, on_the_path, _ in rows if "closing" not in name]
     assert headings == [f"{name}{'' if on_the_path else ' (optional)'}" for name, on_the_path in named]
-
-
-@pytest.mark.parametrize("lesson", ["00", "01", "02", "03", "04", "05"])
-def test_what_answers_a_question_is_folded(lesson):
-    (path,) = NOTEBOOKS.glob(f"{lesson}_*.ipynb")
-    asked, found = False, 0
-    for cell in nbformat.read(path, as_version=4).cells:
-        if cell.cell_type == "markdown":
-            asked = "**Predict" in cell.source or (asked and "What you saw" not in cell.source)
-        elif asked and any(output.output_type == "stream" for output in cell.outputs):
-            assert cell.metadata.get("jupyter", {}).get("outputs_hidden"), cell.source
-            found += 1
-    assert found

@@ -86,7 +86,9 @@ def test_the_page_waits_for_no_kernel(page):
 
 
 def test_answers_stay_folded(page, lesson):
-    answers = sum(cell.source.count("<details>") for cell in lesson.cells)
+    printed = sum(output.get("data", {}).get("text/html", "").count("<details>")
+                  for cell in lesson.cells for output in cell.get("outputs", []))
+    answers = printed + sum(cell.source.count("<details>") for cell in lesson.cells if cell.cell_type == "markdown")
     assert page.count("<details>") == page.count("</details>") == answers > 0
 
 

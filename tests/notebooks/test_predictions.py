@@ -1,5 +1,6 @@
 """The predictions of the lessons: each decided by its lesson's own numbers, none answered before its buttons."""
 
+import ast
 import re
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +17,8 @@ from tests.explorers.checks import without_pixels
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 QUESTION = re.compile(r"\*\*Predict(\.|:)?\*\*")
 ASKS = re.compile(r"exercises\.predict\(\s*\"([^\"]+)\"")
+ANSWERS = re.compile(r"with exercises\.answer_to\((.*)\):\n")
+NO_ANSWER = "max|x|"  # how a printed text begins that comes in between and answers nothing
 MOVES = {  # prediction: what takes its figure to where the answer shows
     "codes of 0": {"bits": 2},
     "exponent bit": {"binary": "1 10000100 11011010100000000000000"},
@@ -159,3 +162,24 @@ def test_no_answer_comes_before_its_buttons(cells):
         else:
             assert not (open_ones and cell.outputs), cell.source
     assert not open_ones
+
+
+def test_what_is_printed_before_the_explanation_is_folded_until_the_questions_are_answered(cells):
+    asked, explained, folds = set(), True, 0
+    for cell in cells:
+        if cell.cell_type == "markdown":
+            explained |= "What you saw" in cell.source or "come in section" in cell.source
+            continue
+        if names := ASKS.findall(cell.source):
+            asked, explained = asked.union(names), False
+            continue
+        answers = {name for answer in ANSWERS.findall(cell.source) for name in ast.literal_eval(f"[{answer}]")}
+        assert answers <= asked, cell.source
+        folds += bool(answers)
+        assert not answers or cell.metadata.get("jupyter", {}).get("outputs_hidden"), cell.source
+        for output in cell.outputs:
+            if answers:
+                assert output.data["text/html"].startswith(" \n<details><summary>"), cell.source
+            elif output.output_type == "stream":
+                assert explained or output.text.startswith(NO_ANSWER), cell.source
+    assert folds
