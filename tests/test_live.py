@@ -20,7 +20,7 @@ from qlab import explorers, live, samples
 from qlab.explorers.floats import BitBoxes
 from qlab.floats import FP32
 from qlab.live import Explorer, FloatLogSlider, FloatSlider, Handle, IntSlider, new_figure
-from qlab.picture import Picture
+from qlab.picture import Picture, png
 from tests.explorers.checks import without_pixels
 
 WIDTH, HEIGHT = 320, 200
@@ -275,6 +275,27 @@ def test_the_picture_is_what_matplotlib_draws(line, values):
     assert shown.shape == (HEIGHT, WIDTH, 4)
     assert np.ptp(shown[..., :3]) == 255
     np.testing.assert_array_equal(shown, drawn_anew(line.figure))
+
+
+def test_a_file_that_would_be_too_large_has_fewer_colours(line):
+    noise = np.random.default_rng(0).integers(0, 256, (200, 300, 1), np.uint8)  # a heat map: one colour for each number
+    colours = (matplotlib.colormaps["viridis"](np.arange(256)) * 255).round().astype(np.uint8)
+    heat = np.concatenate([colours[noise[..., 0]], np.full((50, 300, 4), 255, np.uint8)])
+    exact, smaller = png(heat, most=1_000_000), png(heat, most=100_000)
+    np.testing.assert_array_equal(pixels(exact), heat)
+    assert 2 * len(smaller) < len(exact) > 100_000
+    off = np.abs(pixels(smaller).astype(int) - heat)
+    assert 0 < off.max() <= 7 and not off[200:].any()  # white stays white
+
+
+def test_a_rare_colour_becomes_its_nearest_neighbour():
+    grid = np.arange(0, 256, 16, dtype=np.uint8)
+    frequent = np.stack(np.meshgrid(grid, grid), -1).reshape(-1, 2).repeat(3, axis=0)  # 256 colours, each three times
+    image = np.zeros((1, 769, 4), np.uint8)
+    image[0, :768, :2], image[..., 3] = frequent, 255
+    image[0, 768, :3] = 100, 200, 40
+    came = pixels(png(image, most=0))[0, 768].tolist()
+    assert came == pytest.approx([100, 200, 0, 255], abs=8 + 4)  # half a step of the grid, and rounding
 
 
 def test_png_is_bytes(line):

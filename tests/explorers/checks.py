@@ -10,7 +10,7 @@ import ipywidgets as widgets
 import numpy as np
 import pytest
 
-from qlab.picture import Pixels
+from qlab.picture import MOST_BYTES, Pixels
 
 TYPED = ["1.5 0.7", "-7.1, 2.2, 0.4", "[0.1 0.2 0.35]", "5.47, 3.08, -7.59, 0, -1.95, -4.57, 10.8", "1e3 -17"]
 
@@ -128,7 +128,9 @@ def assert_sound(explorer):
     numbers = [value for value in explorer.readout.values() if not isinstance(value, str)]
     assert numbers
     assert all(np.isfinite(numbers))
-    assert explorer.png().startswith(b"\x89PNG")
+    png = explorer.png()
+    assert png.startswith(b"\x89PNG")
+    assert len(png) <= MOST_BYTES
     assert not message(explorer)
 
 
