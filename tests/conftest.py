@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import gc
 import os
 import re
 from collections import defaultdict
@@ -13,6 +14,7 @@ from xdist.scheduler import LoadFileScheduling
 
 from tests.notebooks.measured import differences, text_of
 
+gc.set_threshold(50_000, 20, 10)  # to look for cycles at every 700th object takes 7 % of the time
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # kernels of notebooks share the cores with the other worker, too
 pytest.register_assert_rewrite("tests.exercises.checks", "tests.explorers.checks")
 SAMPLED = (

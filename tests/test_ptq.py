@@ -738,8 +738,6 @@ REFUSED = [
     (altered(lambda m: m.bfloat16()), "layer '0' must have weights in float32 or float64, got torch.bfloat16"),
     (altered(lambda m: m.half()), "layer '0' must have weights in float32 or float64, got torch.float16"),
     (altered(lambda m: m.weight.data.fill_(math.nan)), "the weight of layer '0' must be finite, got 24 NaN"),
-    (torch.compile(small_model()), "model must not be compiled, but OptimizedModule at '' is"),
-    (altered(lambda m: m.compile()), "model must not be compiled, but Linear at '0' is"),
     (digits.Net(), "got BatchNorm2d at 'conv_norm': call fold_batch_norm first"),
     (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, affine=False)), "got BatchNorm1d at '1': call fold_batch_norm"),
     (quantize_dynamic(nn.Sequential(nn.Linear(4, 4))), "model must be in float, but '0' is quantized already"),
@@ -747,15 +745,26 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("model, message", REFUSED, ids=[message[-30:] for _, message in REFUSED])
-@pytest.mark.parametrize("function", [
+of_a_model = pytest.mark.parametrize("function", [
     layers, quantize_dynamic, lambda model: quantize_static(model, {}), lambda model: observe(model, normal(3, 4)),
 ], ids=["layers", "dynamic", "static", "observe"])
+
+
+@pytest.mark.parametrize("model, message", REFUSED, ids=[message[-30:] for _, message in REFUSED])
+@of_a_model
 def test_models_that_cannot_be_quantized(function, model, message):
     before = snapshot(model)
     with pytest.raises(ValueError, match=re.escape(message)):
         function(model)
     assert_unchanged(model, before)
+
+
+@of_a_model
+def test_compiled_models_are_refused(function):
+    with pytest.raises(ValueError, match="model must not be compiled, but OptimizedModule at '' is"):
+        function(torch.compile(small_model()))
+    with pytest.raises(ValueError, match="model must not be compiled, but Linear at '0' is"):
+        function(altered(lambda layer: layer.compile()))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -70,6 +70,22 @@ TWO_FRAMES = """() => new Promise(done => requestAnimationFrame(() => requestAni
 SCROLLED = "() => document.querySelector('.jp-WindowedPanel-outer').scrollTop"
 
 
+def touch(page, start, stop, steps=8):
+    """A finger goes from one place of the page to another."""
+    page.evaluate(TWO_FRAMES)
+    (x, y), (to_x, to_y) = start, stop
+    points = [{"x": x + (to_x - x) * i / steps, "y": y + (to_y - y) * i / steps} for i in range(steps + 1)]
+    session = page.context.new_cdp_session(page)
+    session.send("Emulation.setTouchEmulationEnabled", {"enabled": True})
+    session.send("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": points[:1]})
+    for point in points[1:]:
+        session.send("Input.dispatchTouchEvent", {"type": "touchMove", "touchPoints": [point]})
+    page.evaluate(TWO_FRAMES)  # the browser hands on one move in a frame
+    session.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+    page.wait_for_timeout(100)
+    session.detach()
+
+
 class Box(Figure):
     """The figure of this module."""
 
@@ -91,21 +107,10 @@ class Box(Figure):
             mouse.move(*self.at(*stop), steps=steps)
         mouse.up()
 
-    def touch(self, start, stop, steps=8):
+    def touch(self, start, stop):
         """A finger, on what has been drawn: where nothing can be taken yet, the browser scrolls."""
         self.wait_for_rest(rounds=2)
-        self.page.evaluate(TWO_FRAMES)
-        (x, y), (to_x, to_y) = self.at(*start), self.at(*stop)
-        points = [{"x": x + (to_x - x) * i / steps, "y": y + (to_y - y) * i / steps} for i in range(steps + 1)]
-        session = self.page.context.new_cdp_session(self.page)
-        session.send("Emulation.setTouchEmulationEnabled", {"enabled": True})
-        session.send("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": points[:1]})
-        for point in points[1:]:
-            session.send("Input.dispatchTouchEvent", {"type": "touchMove", "touchPoints": [point]})
-        self.page.evaluate(TWO_FRAMES)  # the browser hands on one move in a frame
-        session.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
-        self.page.wait_for_timeout(100)
-        session.detach()
+        touch(self.page, self.at(*start), self.at(*stop))
 
     def wait_for(self, **values):
         """Until the kernel has them, as near as a pixel and a slider's step are."""
