@@ -84,7 +84,7 @@ function render({ model, el }) {
       PageDown: place() - PAGE * step, PageUp: place() + PAGE * step, Home: min, End: max }[event.key];
     if (to === undefined || model.get("disabled") || event.altKey || event.ctrlKey || event.metaKey) return;
     event.preventDefault(); event.stopPropagation();
-    if (!event.repeat) grasps = Date.now();
+    grasps = event.repeat ? grasps || Date.now() : 0;  // a key that is only touched holds nothing
     tell(real(snap(to)));
   });
   for (const end of ["keyup", "blur"]) handle.addEventListener(end, letGo);

@@ -33,6 +33,8 @@ CHANGED = f"([image, before]) => {{ const now = ({PIXELS})(image); return now &&
 NUMBER = """([figure, name]) => { const cell = Array.from(figure.querySelectorAll('.widget-html span'))
   .find(span => span.querySelector('b') && span.firstElementChild.textContent === name);
   return cell ? cell.querySelector('b').textContent : null; }"""
+COUNT = """image => { image.pictures = 0;
+  new MutationObserver(seen => { image.pictures += seen.length; }).observe(image, {attributeFilter: ['src']}); }"""
 BREAK = """def broken(**_): raise KeyError('no <b>levels</b>')
 kept, live._compute = live._compute, broken"""
 
@@ -138,10 +140,25 @@ def test_arrow_keys(figures, variable, label, control, number):
     assert figure.kernel(f"controls['{control}'].value") != value
     figure.assert_agrees_with_the_kernel(number)
     figure.press(label, back)
-    figure.wait_for_rest()  # the ghost of the state before goes when the key is let go
+    figure.wait_for_rest()
     assert figure.pixels() == start != moved
     assert figure.kernel(f"controls['{control}'].value") == pytest.approx(value)
     figure.assert_agrees_with_the_kernel(number)
+
+
+def test_a_touched_key_is_one_picture_and_a_held_one_shows_the_state_before(live):
+    live.image().evaluate(COUNT)
+    once = live.press("β", "ArrowLeft")
+    live.wait_for_rest()
+    assert live.image().evaluate("image => image.pictures") == 1
+    live.page.keyboard.down("ArrowLeft")
+    second = live.wait_for_change(once)
+    live.page.keyboard.down("ArrowLeft")
+    ghostly = live.wait_for_change(second)
+    live.page.keyboard.up("ArrowLeft")
+    live.wait_for_change(ghostly)  # which goes when the key is let go
+    live.wait_for_rest()
+    assert live.image().evaluate("image => image.pictures") == 4
 
 
 def test_dragging(live):

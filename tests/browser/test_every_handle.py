@@ -49,7 +49,8 @@ def by_mouse(page, start, stop):
 @pytest.fixture(scope="module", params=WAYS)
 def figures(request, desk):
     """All of them, and what moves a hand: a mouse, or a finger on a sharp screen."""
-    page = desk.show(f"handles_{request.param}.ipynb", IMPORTS, *(f"live_{i} = {code}\nlive_{i}" for i, code in enumerate(FIGURES)))
+    cells = [f"live_{i} = {code}\nlive_{i}" for i, code in enumerate(FIGURES)]
+    page = desk.show(f"handles_{request.param}.ipynb", IMPORTS, *cells)
     set_theme(page, request.param)
     session = page.context.new_cdp_session(page)
     session.send("Emulation.setDeviceMetricsOverride", {
