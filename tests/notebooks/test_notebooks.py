@@ -124,6 +124,15 @@ def needs_no_torch_at_first(notebook, name):
         yield from (cell.source for cell in code_cells(notebook) if TORCH.search(cell.source))
 
 
+def loads_qlab_before_torch(notebook, name):
+    """Then torch's threads sleep while they wait: beside another program, spinning makes them many times slower."""
+    for cell in code_cells(notebook):
+        if TORCH.search(cell.source):
+            yield cell.source
+        if re.search(r"^(from|import) qlab\b", cell.source, re.MULTILINE):
+            return
+
+
 def does_not_shout(notebook, name):
     """No exclamation marks."""
     yield from (match[0] for text in prose(notebook) for match in SHOUT.finditer(text))
@@ -137,7 +146,7 @@ def does_not_belittle(notebook, name):
 RULES = {rule.__name__: rule for rule in (
     is_a_valid_notebook, runs_on_the_usual_kernel, has_no_error, has_no_warning, keeps_no_widgets,
     ran_from_top_to_bottom, has_short_cells, introduces_its_code, describes_its_plots, describes_its_pictures, is_small,
-    needs_no_torch_at_first, does_not_shout, does_not_belittle,
+    needs_no_torch_at_first, loads_qlab_before_torch, does_not_shout, does_not_belittle,
 )}
 
 
@@ -199,6 +208,7 @@ VIOLATIONS = [
     (needs_no_torch_at_first, with_code("import torch")),
     (needs_no_torch_at_first, with_code("if True:\n    from torch.nn import Linear")),
     (needs_no_torch_at_first, with_code("import numpy, torch")),
+    (loads_qlab_before_torch, with_code("import torch\n\nfrom qlab import samples")),
     (does_not_shout, with_text("Well done!")),
     (does_not_shout, with_text("**Look at $x$!** It moves.")),
     (does_not_shout, with_text("A plot!!\nIt moves.")),
