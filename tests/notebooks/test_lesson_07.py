@@ -33,9 +33,9 @@ def test_the_first_is_farther_from_float_on_every_text(first, second, least):
     assert all(value > least and low > 1 for value, low, _ in ratios(first, second))
 
 
-def test_what_rotating_does_to_folded_weights_is_resolved_on_code_alone():
+def test_what_rotating_does_to_folded_weights_is_not_resolved_on_prose():
     resolved = [high < 1 for _, _, high in ratios(HADAMARD, "gains folded")]
-    assert resolved == [text == "code" for text in TEXTS]
+    assert resolved == [text != "prose" for text in TEXTS]
     assert all(low < 1 for _, low, _ in ratios(HADAMARD, "gains folded"))
 
 
@@ -51,19 +51,18 @@ def test_the_cache_at_4_and_at_3_bits(first, second):
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_the_worst_of_the_learned_rotations_is_below_the_best_drawn_one(text):
-    drawn, learned = ([row[6] for row in SHIPPED.rows if row[0] == f"activations: {method}" and row[2] == text]
+def test_every_learned_rotation_is_below_every_drawn_one_with_its_interval(text):
+    drawn, learned = ([row for row in SHIPPED.rows if row[0] == f"activations: {method}" and row[2] == text]
                       for method in (HADAMARD, LEARNED))
-    assert len(drawn) == len(learned) > 1
-    assert max(learned) < min(drawn)
+    assert len(drawn) == len(learned) == 5
+    assert max(high for *_, high, _ in learned) < min(low for *_, low, _, _ in drawn)
 
 
-def test_learning_is_resolved_by_perplexity_on_code_alone():
+def test_learning_is_resolved_by_perplexity_too():
     for text in TEXTS:
-        kl, (_, low, high) = intervals("07", f"{text} KL")
+        kl, perplexity = intervals("07", f"{text} KL")
         assert kl[2] < 1
-        assert low < 1
-        assert (high < 1) == (text == "code")
+        assert perplexity[2] < 1
 
 
 def test_most_of_the_way_was_made_by_the_first_hadamard_matrix():
