@@ -3,12 +3,12 @@
 import pytest
 
 from qlab.exercises.spinquant import PREDICTIONS
+from qlab.studies.spinquant import END_TO_END, HADAMARD, LEARNED
 from qlab.studies.tables import load
 from tests.notebooks.measured import intervals
 
 SHIPPED = load("spinquant")
 TEXTS = ("prose", "code", "documentation")
-HADAMARD, LEARNED = "Hadamard R1 R2 R4", "learned R1, same R2 R4"
 
 
 def ratios(first, second, times=1):
@@ -63,6 +63,12 @@ def test_learning_is_resolved_by_perplexity_too():
         kl, perplexity = intervals("07", f"{text} KL")
         assert kl[2] < 1
         assert perplexity[2] < 1
+
+
+def test_end_to_end_gains_a_twentieth_and_stays_behind_the_proxy():
+    assert all(0.93 < value < 0.97 and high < 1 for value, _, high in ratios(END_TO_END, HADAMARD))
+    assert all(value > 1.3 and low > 1 for value, low, _ in ratios(END_TO_END, LEARNED))
+    assert [(run["steps"], round(run["seconds"] / 60)) for run in SHIPPED.about["end_to_end"]] == [(60, 10)]
 
 
 def test_most_of_the_way_was_made_by_the_first_hadamard_matrix():
