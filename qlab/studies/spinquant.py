@@ -5,8 +5,8 @@ compares what comes of them, and of methods that do without rotations, with the 
 `qlab.evaluation`. It writes ``spinquant.json`` and the first rotation of the proxy, ``spinquant_r1.safetensors``,
 beside the samples. The lesson loads both files and repeats some rows.
 
-It judges on 16,896 tokens, with five seeds of the two rotations that the lesson compares, the first three of the others,
-and one that is learned end to end: more than an hour of one core.
+It judges on 16,896 tokens, with five seeds of the two rotations that the lesson compares, the first three of the
+others, and one that is learned end to end: more than an hour of one core.
 
 Activations: weights have 8 bits, one scale for each row; activations 4 bits, dynamic, one range for each token. That is
 where a model of 135 million parameters shows what rotations do: at 8 bits per token little is lost to begin with.

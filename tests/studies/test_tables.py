@@ -21,15 +21,17 @@ METHODS = {  # what there has to be, beside what is contrasted
 CONTRASTS = {
     "blocks": blocks.CONTRASTS, "gptq": gptq.CONTRASTS, "outliers": outliers.CONTRASTS,
     "smoothquant": smoothquant.CONTRASTS,
-    "spinquant": [pair for pair in spinquant.CONTRASTS if {*pair} <= SPINQUANT],  # nothing was learned end to end
+    "spinquant": spinquant.CONTRASTS,
 }
 
 
 def seeds(study, method):
     if study == "spinquant":
-        all_of_them = tables.load(study).about["run"]["seeds"]
+        run = tables.load(study).about["run"]
+        if method.endswith(spinquant.END_TO_END):
+            return run["end_to_end"]
         contrasted = method.endswith((spinquant.HADAMARD, spinquant.LEARNED))
-        return all_of_them if contrasted else spinquant.FEWER_SEEDS if "R1" in method else 1
+        return run["seeds"] if contrasted else spinquant.FEWER_SEEDS if "R1" in method else 1
     return gptq.SEEDS if (study, method) == ("gptq", "W4A4KV4 Hadamard, GPTQ") else 1
 
 
