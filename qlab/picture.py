@@ -223,7 +223,7 @@ class Picture(anywidget.AnyWidget):
 
 class _Slider(anywidget.AnyWidget):
     _esm = traitlets.Unicode(script("slider.js")).tag(sync=True)
-    held = traitlets.Int(0).tag(sync=True, echo_update=False)  # which grasp or key press moves it, 0 while none does
+    held = traitlets.Int(0).tag(sync=True, echo_update=False)  # which grasp, or key held down, moves it: 0 for none
     watched = traitlets.Bool(False).tag(sync=True)  # whether the end of a grasp is worth a message
 
 
