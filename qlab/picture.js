@@ -1,9 +1,13 @@
 // The picture: it shows what the kernel drew, tells what a hand does in it, and names what others leave without a name.
 function address(png) {  // unlike a blob's, it needs no second process to load
   const bytes = new Uint8Array(png.buffer, png.byteOffset, png.byteLength);
+  return `data:image/png;base64,${bytes.toBase64?.() ?? base64(bytes)}`;
+}
+
+function base64(bytes) {  // for browsers of before 2025, fifty times slower
   let text = "";
   for (let i = 0; i < bytes.length; i += 8192) text += String.fromCharCode(...bytes.subarray(i, i + 8192));
-  return `data:image/png;base64,${btoa(text)}`;
+  return btoa(text);
 }
 
 function render({ model, el }) {

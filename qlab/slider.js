@@ -59,7 +59,8 @@ function render({ model, el }) {
   function letGo() {
     if (unsent) tell(model.get("value"), true);
     if (model.get("held")) { model.set("held", 0); model.save_changes(); }
-    if (told) model.send({});  // a state waits until the one before was answered; a kernel that overlooked that one looks
+    // A state waits until the one before was answered. A kernel that overlooked that one looks: not before it has drawn.
+    if (told) setTimeout(() => model.send({}), 300);
     told = false;
   }
 
