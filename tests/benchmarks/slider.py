@@ -1,9 +1,10 @@
 """From key press to changed pixels, in a real browser: the live figure against two ways learners know.
 
-The empty step is what any answer costs: a slider whose kernel sends one number back. The next three paths show the same demo (histogram with grid and clipped tails, error curves, moving marker; 100,000
-values) in one JupyterLab, the others further live figures. Key presses go to the paths in turn, so that whatever else the machine does hits all of them. A
-press is answered when the picture has had its last change, an image is loaded and decoded, and the browser has
-painted a frame.
+The empty step is what any answer costs: a slider whose kernel sends one number back. The next four paths show the same
+demo (histogram with grid and clipped tails, error curves, moving marker; 100,000 values) in one JupyterLab, the others
+further live figures. Key presses, and moves of the mouse in a drag, go to the paths in turn, so that whatever else the
+machine does hits all of them. A press is answered when the picture has had its last change, an image is loaded and
+decoded, and the browser has painted a frame.
 """
 
 import statistics
@@ -102,7 +103,7 @@ widgets.VBox([number, echo])
 
 PATHS = {
     "empty step": EMPTY,
-    "live figure": LIVE, "interact + inline": INTERACT, "bqplot": BQPLOT,
+    "live figure": LIVE, "live figure, dragged": LIVE, "interact + inline": INTERACT, "bqplot": BQPLOT,
     "mapping": "mapping(x, bits=5)", "granularity": "granularity(samples.load('weights'), bits=5)",
     "float_bits": "float_bits()", "outliers": "outliers(bits=5)",
 }
@@ -111,11 +112,12 @@ CONTROLS = {  # what is pressed, where it is not the first slider: selector, whi
     "granularity": (".noUi-handle", 1, ("ArrowLeft", "ArrowRight")),  # bits
     "float_bits": (".jupyter-button", 20, ("Space", "Space")),  # a bit of the mantissa, after ten chips
 }
+DRAGGED = {"live figure, dragged": '.qlab-grip[data-name="β"]'}  # what the mouse holds
 SLIDER = ".noUi-handle", 0, ("ArrowLeft", "ArrowRight")
 
-# Watches the output of a cell. Its promise resolves with the milliseconds from the key press to the frame that holds
+# Watches the output of a cell. Its promise resolves with the milliseconds from the key press or the move to the frame that holds
 # the picture's last change.
-WATCH = """async ({cell, selector, which}) => {
+WATCH = """async ({cell, selector, which, event}) => {
   const output = document.querySelectorAll('.jp-Notebook .jp-CodeCell')[cell].querySelector('.jp-Cell-outputArea');
   const handle = output.querySelectorAll(selector)[which];
   handle.scrollIntoView({block: 'center'});
@@ -136,7 +138,7 @@ WATCH = """async ({cell, selector, which}) => {
       shown(output.querySelector('img')).then(() => { last = performance.now(); pending--; settle(); });
     });
     observer.observe(output, {subtree: true, childList: true, attributes: true, characterData: true});
-    window.addEventListener('keydown', event => { start = event.timeStamp; }, {once: true, capture: true});
+    window.addEventListener(event, event => { start = event.timeStamp; }, {once: true, capture: true});
     setTimeout(() => { if (!last) { observer.disconnect(); reject(new Error('no change in 10 s')); } }, 10000);
   });
 }"""
@@ -160,16 +162,35 @@ def measure(rounds=30, size=100_000, paths=tuple(PATHS)):
             page.wait_for_timeout(3000)
             for turn in range(-3, rounds):
                 for cell, path in enumerate(paths, start=1):
+                    to = _hold(page, cell, DRAGGED[path], 8 - 16 * (turn % 2)) if path in DRAGGED else None
                     selector, which, keys = CONTROLS.get(path, SLIDER)
                     before = page.evaluate(PICTURE, cell)
-                    page.evaluate(WATCH, {"cell": cell, "selector": selector, "which": which})
-                    page.keyboard.press(keys[turn % 2])
+                    event = "pointermove" if to else "keydown"
+                    page.evaluate(WATCH, {"cell": cell, "selector": selector, "which": which, "event": event})
+                    if to:
+                        page.mouse.move(*to)
+                    else:
+                        page.keyboard.press(keys[turn % 2])
                     took = page.evaluate("() => window.watched")
+                    page.mouse.up()
                     if page.evaluate(PICTURE, cell) == before:
                         raise RuntimeError(f"the picture of {path} did not change")
                     if turn >= 0:  # the first rounds warm caches and compilers
                         times[path].append(took)
     return times
+
+
+def _hold(page, cell, grip, pixels):
+    """Take what the selector ``grip`` finds by the mouse and begin a drag to the right: where the next move leads."""
+    found = page.locator(".jp-Notebook .jp-CodeCell").nth(cell).locator(grip).first
+    found.evaluate("found => found.scrollIntoView({block: 'center'})")
+    box = found.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 4
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + pixels, y)
+    page.wait_for_timeout(500)
+    return x + 2 * pixels, y
 
 
 # What the picture shows, to be sure that it changed: the image's pixels, or the shapes that bqplot draws.
