@@ -125,7 +125,8 @@ def hessian(x):
 
     References
     ----------
-    Frantar et al. 2023, "GPTQ: accurate post-training quantization for generative pre-trained transformers", section 3.
+    Frantar et al. 2023, "GPTQ: accurate post-training quantization for generative pre-trained transformers", sections 3
+    and 4.
 
     Examples
     --------
@@ -167,7 +168,7 @@ def factor(hessian, *, damping=0.01, act_order=False):
 
     References
     ----------
-    Frantar et al. 2023, section 3.3, step 3 (Cholesky factor and damping). The order: the code published with it.
+    Frantar et al. 2023, section 4, step 3 (Cholesky factor and damping). The order: the code published with it.
 
     Examples
     --------

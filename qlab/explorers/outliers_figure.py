@@ -90,7 +90,8 @@ def landscape(places=None):
                 "median": result.median, "largest_to_median": result.largest / result.median}
 
     with new_figure(height=480) as figure:
-        axes = figure.add_subplot(projection="3d", computed_zorder=False)
+        figure.set_layout_engine("none")  # which makes room for labels, and in 3D takes all of it before matplotlib 3.11.2
+        axes = figure.add_axes((0.004, 0.067, 0.992, 0.924), projection="3d", computed_zorder=False)
         axes.set(xlabel="\nchannel", ylabel="\ntoken", zlabel="\n|x|, log")
         axes.view_init(elev=28, azim=-60)
         axes.set_box_aspect((2.4, 1.1, 0.9), zoom=1.35)

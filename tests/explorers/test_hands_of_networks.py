@@ -265,7 +265,7 @@ def test_a_channel_and_a_token_of_outliers(hand):
     assert hand.under(hand.axes("token"), (PEAK + 0.5, 3)).endswith(", in float")
 
 
-@pytest.mark.parametrize("x", [0, 0.5, 300, 575.9, 576])
+@pytest.mark.parametrize("x", [0, 0.5, 300, 575.9])
 def test_every_place_of_a_profile_names_a_channel_near(hand, x):
     hand = hand("outliers")
     channel = int(hand.under(hand.axes("|x|"), (x, 1)).split()[1])

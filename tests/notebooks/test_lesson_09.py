@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qlab import samples
-from qlab.affine import sqnr_db
+from qlab.affine import fake_quantize, sqnr_db, zero_point_params
 from qlab.blocks import MXFP4, NVFP4, Q4_0, dequantize, quantize
 from qlab.floats import FP4_E2M1, decode
 from qlab.spinquant import hadamard
@@ -78,6 +78,13 @@ def test_nvfp4_is_ahead_of_integers_in_small_groups_as_it_is_and_of_a_learned_ro
     assert all(1.9 < value < 2.1 and low > 1 for value, low, _ in of("int4, token / NVFP4"))
 
 
+def test_int4_with_awq_is_ahead_of_nvfp4_and_ranges_by_h_are_but_on_code():
+    nvfp4 = of("NVFP4 4.50 as it is")
+    awq, by_h = of("int4 AWQ, 64"), of("int4 nearest, 64, weighted")
+    assert all(high < low for (_, _, high), (_, low, _) in zip(awq, nvfp4, strict=True))
+    assert [high < low for (_, _, high), (_, low, _) in zip(by_h, nvfp4, strict=True)] == [True, False, True]
+
+
 def test_gptq_helps_both_formats_and_most_after_the_rotation():
     mxfp4, nvfp4 = (of(f"{name}, GPTQ / {name}") for name in ("MXFP4", "NVFP4"))
     assert all(below_1(mxfp4)) and below_1(nvfp4) == [True, True, False]
@@ -115,6 +122,22 @@ def test_the_rows_that_are_measured_again_are_those_of_the_table():
                              ("FP8, tensor:", "activations", "FP8, tensor")):
         shipped = SHIPPED.row(f"{kind}, {name}, as it is", "code")
         assert intervals("09", line)[0][0] == pytest.approx(shipped.kl, rel=0.02)
+
+
+def test_errors_of_even_grids_are_alike_in_a_block_of_q4_1_until_it_is_turned():
+    def alike(matrix, stored):  # 1 for errors that know nothing of each other, 32 for one that all of a block share
+        error = (stored - matrix).astype(float).reshape(-1, 32)
+        return 32 * error.mean(axis=1).var() / np.square(error).mean()
+
+    def of_all(matrix):
+        groups = (fake_quantize(matrix, zero_point_params(matrix, 4, group_size=size)) for size in (32, 64))
+        stored = (dequantize(quantize(matrix, fmt)) for fmt in (Q4_0, NVFP4))
+        return [alike(matrix, values) for values in (*groups, *stored)]
+
+    w = samples.load("weights")
+    in_32, in_64, q4_0, nvfp4 = of_all(w)
+    assert in_32 > 30 and in_64 > 10 and q4_0 > 5 and nvfp4 < 2
+    assert all(0.9 < value < 1.1 for value in of_all((w @ hadamard(576).numpy()).astype(np.float32)))
 
 
 def test_decibels_order_the_formats_otherwise_than_the_model():
