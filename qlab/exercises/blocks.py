@@ -86,7 +86,8 @@ PREDICTIONS = {
         )),
     "a chip of 2022": Question(
         "The tensor cores of Hopper (H100) multiply", (
-            Option("FP8, its scales outside of the product", lambda formats: "FP8" in formats and "MXFP8" not in formats),
+            Option("FP8, its scales outside of the product",
+                   lambda formats: "FP8" in formats and "MXFP8" not in formats),
             Option("MXFP8, too", lambda formats: "MXFP8" in formats and "NVFP4" not in formats,
                    "The MX specification is of 2023. The chip is older."),
             Option("NVFP4, too", lambda formats: "NVFP4" in formats,

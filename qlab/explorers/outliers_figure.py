@@ -90,7 +90,7 @@ def landscape(places=None):
                 "median": result.median, "largest_to_median": result.largest / result.median}
 
     with new_figure(height=480) as figure:
-        figure.set_layout_engine("none")  # which makes room for labels, and in 3D takes all of it before matplotlib 3.11.2
+        figure.set_layout_engine("none")  # before matplotlib 3.11.2 it leaves no room for axes in 3D
         axes = figure.add_axes((0.004, 0.067, 0.992, 0.924), projection="3d", computed_zorder=False)
         axes.set(xlabel="\nchannel", ylabel="\ntoken", zlabel="\n|x|, log")
         axes.view_init(elev=28, azim=-60)
