@@ -79,8 +79,7 @@ def test_nvfp4_is_ahead_of_integers_in_small_groups_as_it_is_and_of_a_learned_ro
 
 
 def test_int4_with_awq_is_ahead_of_nvfp4_and_ranges_by_h_are_but_on_code():
-    nvfp4 = of("NVFP4 4.50 as it is")
-    awq, by_h = of("int4 AWQ, 64"), of("int4 nearest, 64, weighted")
+    nvfp4, awq, by_h = of("NVFP4, nearest:"), of("int4 AWQ, 64:"), of("int4 nearest, 64, weighted:")
     assert all(high < low for (_, _, high), (_, low, _) in zip(awq, nvfp4, strict=True))
     assert [high < low for (_, _, high), (_, low, _) in zip(by_h, nvfp4, strict=True)] == [True, False, True]
 
