@@ -202,7 +202,8 @@ def test_the_way_of_a_replay(options):
     for columns in (0, 1, 7, INPUTS - 1, INPUTS):
         codes, params, weights = compensated(w, known, 3, columns=columns, **options)
         done = known.order[:columns]
-        assert torch.equal(codes[:, done], full.codes[:, done]) and torch.equal(weights[:, done], full.weights[:, done])
+        assert torch.equal(codes[:, done], full.codes[:, done])
+        np.testing.assert_allclose(weights[:, done], full.weights[:, done], atol=1e-12)
         e = ((weights - dequantize(codes, params))[:, done] / upper.diagonal()[:columns])
         for k in range(columns, INPUTS):  # all corrections so far
             expected = w[:, known.order[k]] - (e @ upper[:columns, k]).numpy()
