@@ -641,9 +641,10 @@ def test_the_shipped_file_is_that_of_the_lesson():
     assert [node.op_type for node in shipped.graph.node] == [node.op_type for node in fresh.graph.node]
     for ours, theirs in zip(shipped.graph.initializer, fresh.graph.initializer, strict=True):
         assert ours.name == theirs.name
-        ours, theirs = map(onnx.numpy_helper.to_array, (ours, theirs))
-        assert ours.dtype == theirs.dtype
-        np.testing.assert_allclose(ours.astype(float), theirs.astype(float), rtol=3e-7, atol=ours.dtype == np.int32)
+        values, expected = map(onnx.numpy_helper.to_array, (ours, theirs))
+        assert values.dtype == expected.dtype
+        values, expected, last = values.astype(float), expected.astype(float), values.dtype == np.int32
+        np.testing.assert_allclose(values, expected, rtol=3e-7, atol=last)
     images, labels = digits_data().test_images.numpy(), digits_data().test_labels.numpy()
     logits = run_onnx(samples.path(onnx_export.FILE), images)["logits"]
     assert 98 < 100 * np.mean(logits.argmax(1) == labels) < 99

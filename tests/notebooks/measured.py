@@ -37,7 +37,7 @@ def intervals(lesson, start):
 def differences(before, now):
     """How two printed texts differ: in words, or in numbers by more than another processor explains.
 
-    Intervals: see `agree`. Tokens with the same top-1: two standard errors. Other numbers: 5 %, or one in the last place.
+    Intervals: see `agree`. Tokens with the same top-1: two standard errors. Others: 5 %, or one in the last place.
     """
     (words, numbers), (new_words, new_numbers) = _parts(before), _parts(now)
     if words != new_words or len(numbers) != len(new_numbers):

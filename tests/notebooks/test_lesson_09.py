@@ -6,7 +6,6 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
-import pytest
 
 from qlab import samples
 from qlab.affine import fake_quantize, sqnr_db, zero_point_params
