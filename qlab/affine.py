@@ -670,6 +670,11 @@ def check_bits(bits):
     return check_integer(bits, "bits", MIN_BITS, MAX_BITS)
 
 
+def is_number(value):
+    """Whether ``value`` is a real number of Python or NumPy; a bool is none."""
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
 def _check_axis(axis, x):
     if x.ndim == 0:
         raise ValueError(f"axis must be None for an array of shape (), got {axis!r}")
@@ -680,6 +685,11 @@ def _check_group_size(group_size, x):
     size, length = check_integer(group_size, "group_size", None), x.shape[-1] if x.ndim else 0
     if length == 0 or size < 1 or length % size:
         raise ValueError(f"group_size must divide the last axis of an array of shape {tuple(x.shape)}, got {size}")
+
+
+def described(x):
+    """Dtype and shape of an array, or the type of something else, for messages."""
+    return f"{x.dtype} of shape {tuple(x.shape)}" if is_torch_array(x) else type(x).__name__
 
 
 def _short(value):

@@ -295,9 +295,7 @@ def dequantize(blocks):
     >>> dequantize(quantize(np.linspace(-1, 1, 64, dtype=np.float32), NF4))[:3].round(3).tolist()
     [-1.0, -1.0, -1.0]
     """
-    if not isinstance(blocks, Blocks):
-        raise ValueError(f"blocks must be Blocks, as quantize returns them, got {repr(blocks)[:60]}")
-    fmt, codes = blocks.format, _checked_codes(blocks)
+    fmt, codes = _checked(blocks)
     scales = np.asarray(blocks.scales, np.float32)
     if blocks.tensor_scale is not None:
         scales = scales * np.float32(blocks.tensor_scale)
@@ -338,10 +336,10 @@ def pack(blocks):
     >>> pack(quantize(np.float32([21, 7, -5.2, 0.9] + 28 * [0]), MXFP4))[:5].tolist()
     [129, 7, 4, 11, 0]
     """
-    if not isinstance(blocks, Blocks):
-        raise ValueError(f"blocks must be Blocks, as quantize returns them, got {repr(blocks)[:60]}")
-    fmt, codes = blocks.format, _checked_codes(blocks)
-    _check_record(fmt)
+    fmt, codes = _checked(blocks)
+    if not fmt.record:
+        known = ", ".join(some.name for some in FORMATS if some.record)
+        raise ValueError(f"fmt must be one that GGUF files hold ({known}), got {fmt.name}")
     if codes.shape[-1] % (fmt.record * fmt.block):
         raise ValueError(f"the last axis must be a multiple of {fmt.record * fmt.block} for a record of {fmt.name}, "
                          f"got shape {codes.shape}")
@@ -353,60 +351,9 @@ def pack(blocks):
     return records.reshape(*np.shape(blocks.codes)[:-1], -1)
 
 
-def unpack(data, fmt, *, tensor_scale=None):
-    """Blocks out of the bytes of a GGUF file.
-
-    Parameters
-    ----------
-    data : uint8 array, shape (..., bytes)
-    fmt : BlockFormat
-        MXFP4, NVFP4, Q4_0, Q4_1 or Q8_0.
-    tensor_scale : float, optional
-        For NVFP4.
-
-    Returns
-    -------
-    Blocks
-
-    Raises
-    ------
-    ValueError
-        If GGUF has no such format, or ``data`` is not whole records of it.
-
-    Examples
-    --------
-    >>> blocks = quantize(np.linspace(-1, 1, 64, dtype=np.float32), Q4_0)
-    >>> np.array_equal(unpack(pack(blocks), Q4_0).codes, blocks.codes)
-    True
-    """
-    _check_format(fmt)
-    _check_record(fmt)
-    data = np.asarray(data)
-    head = fmt.record * fmt.scale_bits // 8
-    size = head + fmt.record * fmt.block * fmt.element_bits // 8
-    if data.dtype != np.uint8 or data.ndim == 0 or data.size == 0 or data.shape[-1] % size:
-        raise ValueError(f"data must be uint8 in records of {size} bytes for {fmt.name}, got {data.dtype} of shape "
-                         f"{data.shape}")
-    records = data.reshape(-1, size)
-    scales, *minima = _from_scale_bytes(records[:, :head].reshape(records.shape[0], -1), fmt)
-    codes = records[:, head:].reshape(len(records) * fmt.record, -1)
-    if fmt.element_bits == 4:
-        codes = np.concatenate([codes & 15, codes >> 4], axis=1)
-    shape = (*data.shape[:-1], -1)
-    codes = np.ascontiguousarray(codes).view(fmt.code_dtype).reshape(shape)
-    return Blocks(codes, scales.reshape(shape), None if tensor_scale is None else np.float32(tensor_scale),
-                  minima[0].reshape(shape) if minima else None, fmt)
-
-
 def _check_format(fmt):
     if not isinstance(fmt, BlockFormat):
         raise ValueError(f"fmt must be a BlockFormat, such as MXFP4, got {repr(fmt)[:60]}")
-
-
-def _check_record(fmt):
-    if not fmt.record:
-        known = ", ".join(some.name for some in FORMATS if some.record)
-        raise ValueError(f"fmt must be one that GGUF files hold ({known}), got {fmt.name}")
 
 
 def _in_blocks(x, fmt):
@@ -478,12 +425,14 @@ def _codebook_codes(rows, scales, fmt):
     return (np.sign(u) * (whole + (np.abs(u) - whole >= 0.5))).astype(np.int8)
 
 
-def _checked_codes(blocks):
+def _checked(blocks):
+    if not isinstance(blocks, Blocks):
+        raise ValueError(f"blocks must be Blocks, as quantize returns them, got {repr(blocks)[:60]}")
     fmt, codes = blocks.format, np.asarray(blocks.codes)
     if codes.dtype != fmt.code_dtype or (codes.dtype == np.uint8 and codes.max(initial=0) >= len(fmt.levels)):
         raise ValueError(f"codes of {fmt.name} must be {fmt.code_dtype} and below {len(fmt.levels)}, "
                          f"got {codes.dtype} up to {codes.max(initial=0)}")
-    return codes
+    return fmt, codes
 
 
 def _scale_bytes(scales, fmt):
@@ -491,13 +440,3 @@ def _scale_bytes(scales, fmt):
         return np.where(np.isnan(scales), _NAN, np.frexp(scales)[1] - 1 + _BIAS).astype(np.uint8)
     codes = encode(scales, fmt.scale)
     return codes.astype(codes.dtype.newbyteorder("<")).view(np.uint8)
-
-
-def _from_scale_bytes(heads, fmt):
-    """Scales, and minima if the format has them, each of shape (records, blocks in a record)."""
-    if fmt.scale == E8M0:
-        powers = np.ldexp(np.float32(1), np.minimum(heads, _NAN - 1).astype(int) - _BIAS)
-        return [np.where(heads == _NAN, np.float32(np.nan), powers)]
-    codes = np.ascontiguousarray(heads).view(fmt.scale.code_dtype.newbyteorder("<"))
-    values = decode(codes, fmt.scale).astype(np.float32)
-    return np.split(values, values.shape[1] // fmt.record, axis=1)

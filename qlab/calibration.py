@@ -17,6 +17,7 @@ from qlab.affine import (
     as_numpy,
     check_bits,
     dequantize,
+    is_number,
     numpy_array,
     plain_array,
     range_params,
@@ -292,7 +293,7 @@ def moving_minmax(batches, averaging_constant=0.01):
     >>> moving_minmax([[-1.0, 1.0], [-3.0, 11.0]], averaging_constant=0.1)
     (-1.2, 2.0)
     """
-    if not _is_number(averaging_constant) or not 0 < averaging_constant <= 1:
+    if not is_number(averaging_constant) or not 0 < averaging_constant <= 1:
         raise ValueError(f"averaging_constant must be more than 0 and at most 1, got {averaging_constant!r}")
     if not np.iterable(batches):
         raise ValueError(f"batches must be an iterable of arrays, got {repr(batches)[:60]}")
@@ -336,7 +337,7 @@ def percentile(x, p, *, symmetric=False):
     >>> percentile(np.arange(-100.0, 101.0), 95)
     (-90.0, 90.0)
     """
-    if not _is_number(p) or not 50 < p <= 100:
+    if not is_number(p) or not 50 < p <= 100:
         raise ValueError(f"p must be more than 50 and at most 100, got {p!r}")
     p, profile = float(p), as_profile(x)
     if symmetric:
@@ -567,12 +568,8 @@ def _prefix_sums(x):
     return sums
 
 
-def _is_number(value):
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-
-
 def _check_share(q):
-    if not _is_number(q) or not 0 <= q <= 1:
+    if not is_number(q) or not 0 <= q <= 1:
         raise ValueError(f"q must be from 0 to 1, got {q!r}")
     return float(q)
 

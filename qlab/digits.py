@@ -4,7 +4,6 @@
 """
 
 from collections import OrderedDict
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from qlab import samples
 from qlab.training import check_labelled, evaluating, logits, train
 
-_CHECKPOINT = Path(samples.__file__).with_name("digits_cnn.safetensors")
+_CHECKPOINT = samples.FOLDER / "digits_cnn.safetensors"
 _TEST_IMAGES = 360
 _SEED = 0
 _EPOCHS, _LR = 30, 0.01  # chosen on a fifth of the training images that was held out, not on the test images

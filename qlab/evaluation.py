@@ -12,7 +12,6 @@ Every number comes with an interval. Where it does not tell two models apart, it
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from qlab import samples
-from qlab.smollm import SmolLM, check_tokens
+from qlab.smollm import check_model, check_tokens, predicted, wide
 
 TEXTS = ("prose", "code", "documentation", "calibration")
 """Paragraphs of this course, which no model has met; its own code; paragraphs of Python's documentation; other
@@ -30,8 +29,7 @@ BLOCK = 16
 """Tokens in a row that are drawn together: what happens at one token tells about its neighbours."""
 _SEQUENCES = 32
 _DRAWS = 2000
-_POSITIONS = 128  # logits of so many tokens at a time: 25 MB for each of the two models
-_ROWS = 8  # of them, so many at a time go through the softmax: 1.5 MB stay in the processor's cache
+_ROWS = 8  # logits of so many at a time go through the softmax: 1.5 MB stay in the processor's cache
 
 
 def texts(model):
@@ -55,10 +53,10 @@ def texts(model):
     ValueError
         If ``model`` is none, or has no tokenizer.
     """
-    _check(model, "model")
+    check_model(model)
     found = {}
     for name in TEXTS:
-        text = Path(samples.path(f"text_{name}.txt")).read_text(encoding="utf-8")
+        text = (samples.FOLDER / f"text_{name}.txt").read_text(encoding="utf-8")
         found[name] = model.encode(text)[0, :_SEQUENCES * LENGTH].view(_SEQUENCES, LENGTH)
     return found
 
@@ -214,7 +212,7 @@ class Judge:
         self._tokens, self._head = tokens.clone(), model.head.weight.detach()
         self._sums = self._head.sum(1)
         self._parts, nll = [], []
-        for states, targets in _parts(model, tokens):
+        for states, targets in predicted(model, tokens):
             logits = self._logits(states)
             normaliser, loss, top = _readings(logits, targets)
             row = None
@@ -251,15 +249,15 @@ class Judge:
         Künsch 1989, "The jackknife and the bootstrap for general stationary observations" (blocks); Efron and
         Tibshirani 1993, "An introduction to the bootstrap", section 12.5 (studentized).
         """
-        _check(other, "other")
+        check_model(other, "other")
         if len(other.embedding.weight) != len(self._head):
             raise ValueError(f"other must have the reference's {len(self._head)} tokens, got "
                              f"{len(other.embedding.weight)}")
         if not torch.allclose(self._head.sum(1), self._sums, rtol=1e-4, atol=1e-4):
             raise ValueError("the reference's head must stay as it was, got one changed in place: make another Judge")
         nll, divergence, agreement = [], [], []
-        for (states, targets), part in zip(_parts(other, self._tokens), self._parts, strict=True):
-            theirs = _wide(other.head(states))
+        for (states, targets), part in zip(predicted(other, self._tokens), self._parts, strict=True):
+            theirs = wide(other.head(states))
             normaliser, loss, top = _readings(theirs, targets)
             nll.append(loss)
             if part.row is not None and _same(other.head.weight, self._head):
@@ -275,7 +273,7 @@ class Judge:
             float(torch.cat(agreement).double().mean()), nll, divergence, self._nll)
 
     def _logits(self, states):
-        return _wide(F.linear(states, self._head))
+        return wide(F.linear(states, self._head))
 
     def _by_sequence(self, parts, name):
         values = torch.cat(parts).double().view(len(self._tokens), -1)
@@ -297,13 +295,6 @@ class _Part(NamedTuple):
     normaliser: torch.Tensor
     top: torch.Tensor
     row: torch.Tensor | None
-
-
-def _parts(model, tokens):
-    """What the head receives, and the tokens that come next, some positions at a time."""
-    for sequence in tokens:
-        hidden = model.hidden(sequence[None, :-1])[0]
-        yield from zip(hidden.split(_POSITIONS), sequence[1:].split(_POSITIONS), strict=True)
 
 
 def _readings(logits, targets):
@@ -384,12 +375,3 @@ def _with_interval(value, low, high):
 
 def _same(weight, head):
     return weight.data_ptr() == head.data_ptr() and weight.dtype == head.dtype and weight.shape == head.shape
-
-
-def _wide(logits):
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _check(model, name):
-    if not isinstance(model, SmolLM):
-        raise ValueError(f"{name} must be a SmolLM, got {type(model).__name__}")

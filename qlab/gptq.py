@@ -27,21 +27,13 @@ from qlab.affine import (
     check_integer,
     dequantize,
     fake_quantize,
+    is_number,
     quantize,
     real_array,
     zero_point_params,
 )
-from qlab.smollm import (
-    READERS,
-    SITES,
-    check_places,
-    check_tokens,
-    inserted,
-    is_number,
-    plain_weights,
-    reweighted,
-    rotary_tables,
-)
+from qlab.outliers import watched
+from qlab.smollm import SITES, check_tokens, places_of, plain_weights, reweighted, rotary_tables, weight_names
 from qlab.smoothquant import PAIRS, divided
 
 RANGES = ("min-max", "MSE", "weighted")
@@ -420,7 +412,7 @@ def awq_search(w, x, bits, *, group_size=None, grid=20):
     return _search(w, (hessian(x), x.abs().mean(0)), bits, group_size=group_size, grid=grid)
 
 
-def _search(w, found, bits, *, group_size, grid):
+def _search(w, found, bits, *, group_size, grid=20):
     """`awq_search` from what `hessians` finds."""
     w, grid = _matrix(w, "w"), check_integer(grid, "grid", 1)
     h, size = (t.to(w.dtype) for t in found)
@@ -509,21 +501,18 @@ def hessians(model, tokens, sites=SITES):
         infinite.
     """
     check_tokens(model, tokens)
-    sites = list(sites)
-    check_places(model, [(layer, site) for layer in range(len(model.blocks)) for site in sites])
+    places = places_of(model, sites)
     states = [model.embedding(sequence[None]) for sequence in tokens]
     rotation = [table.to(states[0]) for table in rotary_tables(model.sizes, 0, tokens.shape[1])]
 
-    def look(standing, place, x):
-        x = standing(x)
+    def add(place, x):
         rows = real_array(x.flatten(0, 1), f"the activations at {place!r}")
         h, size = found.get(place, (0, 0))
         found[place] = h + hessian(rows), size + rows.abs().sum(0) / tokens.numel()
-        return x
 
     for layer, block in enumerate(model.blocks):
         found = {}
-        with inserted(model, {(layer, site): partial(look, getattr(block, site), (layer, site)) for site in sites}):
+        with watched(model, {place: partial(add, place) for place in places if place[0] == layer}):
             states = [block(state, rotation) for state in states]
         yield found
 
@@ -566,8 +555,8 @@ def quantized(model, tokens, bits=4, *, method="gptq", group_size=None, symmetri
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     options = {"group_size": group_size, "symmetric": symmetric, "ranges": ranges}
-    for (layer, site), (h, _) in _places(model, tokens, sites, "Quantizing", progress):
-        names = [f"blocks.{layer}.{name}.weight" for name in READERS[site]]
+    for place, (h, _) in _places(model, tokens, sites, "Quantizing", progress):
+        names = weight_names(*place)
         w = torch.cat([old[name] for name in names])
         if method == "nearest":
             w_hat = fake_quantize(w, weight_params(w, bits, diagonal=h.diagonal(), **options))
@@ -579,7 +568,7 @@ def quantized(model, tokens, bits=4, *, method="gptq", group_size=None, symmetri
     return reweighted(model, weights, f"{bits}-bit weights")
 
 
-def activation_aware(model, tokens, bits=4, *, group_size=None, grid=20, sites=tuple(PAIRS), progress=True):
+def activation_aware(model, tokens, bits=4, *, group_size=None, progress=True):
     """A copy of the model that computes the same with weights scaled by AWQ, for `quantized` to round.
 
     ``o`` is left alone: three heads of queries share one of values, so that no layer before it could be divided.
@@ -590,9 +579,8 @@ def activation_aware(model, tokens, bits=4, *, group_size=None, grid=20, sites=t
         As loaded.
     tokens : int64 tensor, shape (N, T)
         Text for calibration.
-    bits, group_size, grid
+    bits, group_size
         As `awq_scales`.
-    sites : iterable of str, of `qlab.smoothquant.PAIRS`
     progress : bool
         Show a bar.
 
@@ -611,10 +599,10 @@ def activation_aware(model, tokens, bits=4, *, group_size=None, grid=20, sites=t
     Lin et al. 2024, section 3.2.
     """
     old, scales = plain_weights(model), {}
-    for (layer, site), found in _places(model, tokens, sites, "Scaling", progress):
-        w = torch.cat([old[f"blocks.{layer}.{name}.weight"] for name in READERS[site]])
-        search = _search(w, found, bits, group_size=group_size, grid=grid)
-        scales[layer, site] = search.scales[search.errors.argmin()]
+    for place, found in _places(model, tokens, PAIRS, "Scaling", progress):
+        w = torch.cat([old[name] for name in weight_names(*place)])
+        search = _search(w, found, bits, group_size=group_size)
+        scales[place] = search.scales[search.errors.argmin()]
     return divided(model, scales)
 
 

@@ -17,7 +17,7 @@ on the accumulators; 6 is rounded to a multiple of S₁S₂.
 """
 
 import copy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, NamedTuple
 
@@ -27,8 +27,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import nn
 
 from qlab.affine import QParams, as_numpy, check_integer, dequantize, numpy_array, plain_array, quantize
-from qlab.ptq import QuantizedLayer
-from qlab.training import evaluating
+from qlab.ptq import QuantizedLayer, record_calls
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 ROUNDINGS = ("even", "up", "gemmlowp")
@@ -356,7 +355,7 @@ class IntegerLayer:
 
     def __repr__(self):
         lines = []
-        for name, value in ((field.name, getattr(self, field.name)) for field in fields(self)):
+        for name, value in vars(self).items():
             if name == "weight":  # a row for each output
                 lines.append(f"weight: int8 {value.shape}\n{value.reshape(len(value), -1)}")
             else:
@@ -561,22 +560,10 @@ def simulated_codes(model, images):
     >>> simulated_codes(nn.Sequential(layer), torch.tensor([[0.0, 1.0]]))
     {'0': array([[-128,  127]], dtype=int8)}
     """
-    images, codes = torch.tensor(numpy_array(images, "images"), dtype=torch.float32), {}
-
-    def recorder(name):
-        def record(layer, inputs):
-            codes[name] = as_numpy(quantize(inputs[0], layer.input_params)).astype(np.int8)
-        return record
-
-    hooks = [module.register_forward_pre_hook(recorder(name)) for name, module in _modules(model)
-             if isinstance(module, QuantizedLayer)]
-    try:
-        with evaluating(model):
-            model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return codes
+    images = torch.tensor(numpy_array(images, "images"), dtype=torch.float32)
+    layers = {name: module for name, module in _modules(model) if isinstance(module, QuantizedLayer)}
+    found = record_calls(model, layers, images, None, lambda inputs, output: inputs[0])
+    return {name: as_numpy(quantize(x, layers[name].input_params)).astype(np.int8) for name, (*_, x) in found.items()}
 
 
 @dataclass

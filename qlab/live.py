@@ -13,9 +13,7 @@ from contextlib import contextmanager, suppress
 import ipywidgets as widgets
 import numpy as np
 from IPython import get_ipython
-from matplotlib.artist import Artist
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from traitlets import TraitError
 
 from qlab.handles import Handle, Start, grips, nearest_allowed
@@ -34,12 +32,6 @@ from qlab.picture import (
 
 __all__ = ["Explorer", "FloatLogSlider", "FloatSlider", "Handle", "IntSlider", "answered_widgets", "new_figure",
            "own_settings"]
-
-# Okabe and Ito's palette, told apart with every kind of colour blindness; sky and orange darker, for 3 : 1 on white.
-BLACK, BLUE, SKY, GREEN = "#000000", "#0072B2", "#3A98D2", "#009E73"
-ORANGE, VERMILION, PURPLE, GREY = "#C08400", "#D55E00", "#CC79A7", "#8C8C8C"
-
-ON_GREY = {"path_effects": [withStroke(linewidth=4, foreground="white")]}  # for lines that cross grey bars
 
 # What ipywidgets leaves out: a focus that is easy to see, and a chosen button told by more than its shade.
 _LOOK = """
@@ -156,7 +148,7 @@ class Explorer:
         self._pixels = Pixels(figure)
         self._result, self._undo, self._quiet = None, [], False
         self._grasp, self._before, self._start, self._over = None, None, None, None
-        self._hidden, self._until, self._parts = set(), (), dict(parts or {})
+        self._hidden, self._parts = set(), dict(parts or {})
         self._followers = []
         self._chip_values = dict(chips or {})
         self.chips = {label: widgets.Button(description=label, layout={"width": "auto"}) for label in self._chip_values}
@@ -181,7 +173,7 @@ class Explorer:
             control.observe(lambda change, name=name: self._moved(name, change["new"]), names="value")
             if ghost and control.has_trait("held"):
                 control.watched = True
-                control.observe(self._let_go, names="held")
+                control.observe(lambda change: change["new"] or self._let_go(), names="held")
         for label, button in self.chips.items():
             button.on_click(lambda _, label=label: self._press(label))
         self._picture.observe(lambda change: self._pointed(change["new"]), names="pointer")
@@ -211,26 +203,16 @@ class Explorer:
         """All controls as they were when the figure was made."""
         self._step({name: dict(traits) for name, traits in self._began.items()}, couple=False)
 
-    def veil(self, *hidden, until=()):
-        """Hide artists, axes, and parts and numbers by their names, before the learner has thought about them.
-
-        Until `unveil`, or a hand moves one of the controls named in ``until``.
-        """
-        names = {*self._parts, *self.readout}
-        unknown = [name for name in hidden if not isinstance(name, Artist) and name not in names]
+    def veil(self, *hidden):
+        """Hide these parts and numbers, by their names, before the learner has thought about them; show all others."""
+        names = [*self._parts, *self.readout]
+        unknown = [name for name in hidden if name not in names]
         if unknown:
-            allowed = ", ".join([*self._parts, *self.readout])
-            raise ValueError(f"hidden must be artists or names of {allowed}, got {unknown[0]!r}")
+            raise ValueError(f"hidden must be of {', '.join(names)}, got {unknown[0]!r}")
         with LOCK:
-            self._until = tuple(until)
-            parts = [self._parts.get(part, ()) if isinstance(part, str) else [part] for part in hidden]
-            self._pixels.veil(artist for artists in parts for artist in artists)
-            self._hidden = {part for part in hidden if isinstance(part, str)}
+            self._pixels.veil(artist for name in hidden for artist in self._parts.get(name, ()))
+            self._hidden = set(hidden)
             self._show()
-
-    def unveil(self):
-        """Show all that `veil` has hidden."""
-        self.veil()
 
     def follow(self, function):
         """Call ``function()`` after each step, from now on."""
@@ -273,9 +255,8 @@ class Explorer:
             ratio, self._pixels.ratio = self._pixels.ratio, 1.0
             picture = self.png() if ratio == 1 else self._pixels.png()
             self._pixels.ratio = ratio
-        view = {"version_major": 2, "version_minor": 0, "model_id": self.widget.model_id}
         data = {
-            "application/vnd.jupyter.widget-view+json": view,
+            "application/vnd.jupyter.widget-view+json": self.widget.get_view_spec(),
             "image/png": base64.b64encode(picture).decode(),
             "text/plain": repr(self),
         }
@@ -401,14 +382,7 @@ class Explorer:
             self._undo.append((name, {"value": self._state[name]}))
             self._state[name] = value
             held = getattr(self.controls[name], "held", 0)
-            self._move({name: value}, (name, held) if held else None)
-
-    def _move(self, values, grasp):
-        """A hand's move."""
-        if not {*self._until}.isdisjoint(values):
-            self._until, self._hidden = (), set()
-            self._pixels.veil(())
-        self._step(values, grasp=grasp)
+            self._step({name: value}, grasp=(name, held) if held else None)
 
     def _told(self, content):
         if content.get("reset"):
@@ -431,7 +405,7 @@ class Explorer:
                 self._fail(error)
             if not pointer["held"]:
                 self._over = pointer["drag"]
-                self._let_go({"new": 0})
+                self._let_go()
 
     def _take(self, pointer):
         which, mark = pointer["grip"]
@@ -441,7 +415,7 @@ class Explorer:
     def _drag(self, at):
         values = {name: nearest_allowed(self.controls[name], value) for name, value in self._start.move(at).items()}
         if any(self._state[name] != value for name, value in values.items()):
-            self._move(values, self._start.drag)
+            self._step(values, grasp=self._start.drag)
 
     def _under(self, place):
         if place is None:
@@ -469,9 +443,7 @@ class Explorer:
             with own_settings():
                 self._pixels.leave_ghosts(self._ghost)
 
-    def _let_go(self, change):
-        if change["new"]:
-            return
+    def _let_go(self):
         with LOCK:
             self._start = None
             if self._grasp and self._ghost:
@@ -585,8 +557,12 @@ def answered_widgets():
 def _in_one_row(controls, chips):
     for first in list(chips.values())[:1]:
         first.layout.margin = "2px 2px 2px 24px"  # apart from the controls
-    row = {"flex_flow": "row wrap", "align_items": "center"}
-    return widgets.HBox([*controls.values(), *chips.values()], layout=row)
+    return in_a_row([*controls.values(), *chips.values()])
+
+
+def in_a_row(parts):
+    """Widgets side by side, in several rows where the page is narrow."""
+    return widgets.HBox(parts, layout={"flex_flow": "row wrap", "align_items": "center"})
 
 
 def _check_allowed(name, control, value):

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from qlab.affine import check_bits, check_integer, fake_quantize, real_array, zero_point_params
-from qlab.smollm import READERS, SITES, check_places, check_tokens, inserted, is_number, plain_weights
+from qlab.affine import check_bits, check_integer, described, fake_quantize, is_number, real_array, zero_point_params
+from qlab.smollm import SITES, check_places, check_tokens, inserted, places_of, plain_weights, weight_names
 
 GRANULARITIES = ("tensor", "token", "channel", "group")
 
@@ -90,8 +90,8 @@ def products(model, tokens, places, outputs=64):
         As `capture`, or if ``outputs`` is not an integer of at least 1.
     """
     outputs, weights = check_integer(outputs, "outputs", 1), plain_weights(model)
-    return {(layer, site): (x, weights[f"blocks.{layer}.{READERS[site][0]}.weight"][:outputs])
-            for (layer, site), x in capture(model, tokens, places).items()}
+    return {place: (x, weights[weight_names(*place)[0]][:outputs])
+            for place, x in capture(model, tokens, places).items()}
 
 
 def statistics(model, tokens, sites=SITES):
@@ -113,9 +113,7 @@ def statistics(model, tokens, sites=SITES):
         As `capture`, or if an activation is NaN or infinite.
     """
     check_tokens(model, tokens)
-    sites = list(sites)
-    places = check_places(model, [(layer, site) for layer in range(len(model.blocks)) for site in sites])
-    ends = {place: ([], []) for place in places}
+    ends = {place: ([], []) for place in places_of(model, sites)}
 
     def add(low, high, x):
         low.append(x.amin((0, 1)))
@@ -133,16 +131,20 @@ def statistics(model, tokens, sites=SITES):
 def _watch(model, tokens, callbacks):
     """Call ``callbacks[place](x)`` with what the linear layers read there, sequence by sequence."""
     check_tokens(model, tokens)
+    with watched(model, callbacks):
+        for sequence in tokens:
+            model.hidden(sequence[None])
 
+
+def watched(model, callbacks):
+    """For a ``with``: `inserted` functions that call ``callbacks[place](x)`` with what the linear layers read there."""
     def look(standing, callback, x):
         x = standing(x)
         callback(x)
         return x
 
-    with inserted(model, {(layer, site): partial(look, getattr(model.blocks[layer], site), callback)
-                          for (layer, site), callback in callbacks.items()}):
-        for sequence in tokens:
-            model.hidden(sequence[None])
+    return inserted(model, {(layer, site): partial(look, getattr(model.blocks[layer], site), callback)
+                            for (layer, site), callback in callbacks.items()})
 
 
 def kurtosis(x):
@@ -312,9 +314,7 @@ def fp8(x, granularity="tensor", *, group_size=64):
     tensor([[448.0000, 288.0000, -20.0000,   1.2500]])
     """
     _check_granularity(granularity)
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.ndim < 2:
-        got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
-        raise ValueError(f"x must be a tensor of floats with two or more dimensions, got {got}")
+    check_floats(x, axes=2)
     rows = real_array(x, "x").detach().flatten(0, -2)
     if granularity == "group":
         group_size = check_integer(group_size, "group_size", 1)
@@ -392,13 +392,17 @@ def static_quantizers(found, bits=8, *, places=None):
 
 def _by_rows(params_for, x):
     """Quantize ``x``, its tokens as the rows of a matrix, in its own precision."""
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or not x.ndim:
-        got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
-        raise ValueError(f"x must be a tensor of floats with at least one axis, got {got}")
+    check_floats(x)
     rows = x.reshape(-1, x.shape[-1])
     x_hat = fake_quantize(rows, params_for(rows)).view(x.shape)
     most = torch.finfo(x.dtype).max  # of half precision: the outermost level can lie above
     return x_hat if x_hat.dtype == x.dtype else x_hat.clamp(-most, most).to(x.dtype)
+
+
+def check_floats(x, axes=1):
+    """A ValueError unless ``x`` is a tensor of floats with so many axes or more."""
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.ndim < axes:
+        raise ValueError(f"x must be a tensor of floats with {axes} or more axes, got {described(x)}")
 
 
 def _check_granularity(granularity):
@@ -408,6 +412,5 @@ def _check_granularity(granularity):
 
 def _matrix(x):
     if not isinstance(x, torch.Tensor) or x.ndim != 2:
-        got = f"shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
-        raise ValueError(f"x must be a torch tensor of two dimensions, got {got}")
+        raise ValueError(f"x must be a torch tensor of two dimensions, got {described(x)}")
     return real_array(x, "x").detach()

@@ -266,7 +266,7 @@ def observe(model, images):
     >>> {name: [tuple(batch.shape) for batch in batches] for name, batches in inputs.items()}
     {'0': [(64, 2), (36, 2)], '2': [(64, 4), (36, 4)]}
     """
-    return _record(model, layers(model), images, _BATCH, lambda inputs, output: inputs[0])
+    return record_calls(model, layers(model), images, _BATCH, lambda inputs, output: inputs[0])
 
 
 def outputs(model, images):
@@ -303,7 +303,7 @@ def outputs(model, images):
     {'0': 27.17}
     """
     quantized = {name: module for name, module in model.named_modules() if isinstance(module, Replacement)}
-    return _record(model, quantized or layers(model), images, None, lambda inputs, output: output)
+    return record_calls(model, quantized or layers(model), images, None, lambda inputs, output: output)
 
 
 def calibrate(inputs, bits=8, calibrator="min-max"):
@@ -512,7 +512,7 @@ def copied(model, replacements=None):
     return model.eval()
 
 
-def _record(model, named_layers, images, batch_size, pick):
+def record_calls(model, named_layers, images, batch_size, pick):
     """``pick(inputs, output)`` at each call of each layer, while the model reads ``batch_size`` images at a time."""
     check_images(images)
     records = {name: [] for name in named_layers}

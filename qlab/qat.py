@@ -25,7 +25,7 @@ from torch.func import functional_call
 from torch.nn.utils import prune
 
 from qlab import calibration, ptq
-from qlab.affine import QParams, check_integer, fake_quantize, real_array, zero_point_params
+from qlab.affine import QParams, check_integer, fake_quantize, is_number, real_array, zero_point_params
 
 SCHEMES = ("Jacob", "PACT", "LSQ", "LSQ+")
 _LEAST = 1e-36  # learned ends and scales from here on: their steps and gradients are not lost in float32
@@ -130,7 +130,7 @@ class EMA(nn.Module):
         ends = torch.stack([_number(alpha, "alpha"), _number(beta, "beta")])
         if ends[0] > ends[1]:
             raise ValueError(f"alpha must be at most beta, got {alpha} and {beta}")
-        if not isinstance(momentum, (int, float)) or not 0 < momentum <= 1:
+        if not is_number(momentum) or not 0 < momentum <= 1:
             raise ValueError(f"momentum must be more than 0 and at most 1, got {momentum!r}")
         self.bits, self.momentum = check_integer(bits, "bits", 2, 8), momentum
         self.start_delay = check_integer(start_delay, "start_delay", 0)

@@ -7,6 +7,7 @@ qlab.smollm`` does the same beforehand, for a classroom without a network.
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import nn
 
-from qlab.affine import absmax_params, check_bits, check_integer, fake_quantize, real_array
+from qlab.affine import absmax_params, check_bits, check_integer, described, fake_quantize, real_array
 from qlab.fetching import cache_folder, converted_model
 
 SITES = ("attn_in", "o_in", "mlp_in", "down_in")
@@ -81,8 +82,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # squares of float16 overflow from 256 on
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        x32 = wide(x)  # squares of float16 overflow from 256 on
+        return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -284,13 +285,21 @@ def perplexity(model, tokens):
     """
     check_tokens(model, tokens)
     loss = 0.0
+    for states, targets in predicted(model, tokens):
+        loss += F.cross_entropy(wide(model.head(states)), targets, reduction="sum").item()
+    return torch.tensor(loss / (tokens.shape[0] * (tokens.shape[1] - 1)), dtype=torch.float64).exp().item()
+
+
+def predicted(model, tokens):
+    """What the head receives, and the tokens that come next, some positions at a time."""
     for sequence in tokens:
         hidden = model.hidden(sequence[None, :-1])[0]
-        for states, targets in zip(hidden.split(_HEAD_POSITIONS), sequence[1:].split(_HEAD_POSITIONS), strict=True):
-            logits = model.head(states)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            loss += F.cross_entropy(logits, targets, reduction="sum").item()
-    return torch.tensor(loss / (tokens.shape[0] * (tokens.shape[1] - 1)), dtype=torch.float64).exp().item()
+        yield from zip(hidden.split(_HEAD_POSITIONS), sequence[1:].split(_HEAD_POSITIONS), strict=True)
+
+
+def wide(x):
+    """``x`` in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @torch.inference_mode()
@@ -379,9 +388,8 @@ def reweighted(model, weights, change):
         copy = SmolLM(replace(model.sizes, num_hidden_layers=len(model.blocks)))
     wanted = {name: tuple(weight.shape) for name, weight in copy.state_dict().items()}
     for name, weight in (state | dict(weights)).items():
-        got = tuple(weight.shape) if isinstance(weight, torch.Tensor) else type(weight).__name__
-        if name not in wanted or got != wanted[name]:
-            raise ValueError(f"weights must fit the model's, got {name!r} of shape {got}: "
+        if name not in wanted or not isinstance(weight, torch.Tensor) or tuple(weight.shape) != wanted[name]:
+            raise ValueError(f"weights must fit the model's, got {name!r} of {described(weight)}: "
                              f"{wanted.get(name, 'no such weight')}")
     for name, weight in weights.items():
         state[name] = weight.detach().to(state[name])
@@ -414,8 +422,8 @@ def quantize_weights(model, bits=8, *, per_channel=False, sites=SITES):
         If ``bits`` is out of range, there is no such site, or the model is not a plain one (see `reweighted`).
     """
     bits, state, weights = check_bits(bits), plain_weights(model), {}
-    for layer, site in check_places(model, [(i, site) for site in sites for i in range(len(model.blocks))]):
-        for name in (f"blocks.{layer}.{reader}.weight" for reader in READERS[site]):
+    for place in places_of(model, sites):
+        for name in weight_names(*place):
             params = absmax_params(state[name], bits, axis=0 if per_channel else None)
             weights[name] = fake_quantize(state[name], params).to(state[name].dtype)
     return reweighted(model, weights, f"{bits}-bit weights")
@@ -506,10 +514,10 @@ class _Function(nn.Module):
         self.forward = function
 
 
-def check_model(model):
+def check_model(model, name="model"):
     """Raise a ValueError unless ``model`` is a `SmolLM`."""
     if not isinstance(model, SmolLM):
-        raise ValueError(f"model must be a SmolLM, got {type(model).__name__}")
+        raise ValueError(f"{name} must be a SmolLM, got {type(model).__name__}")
 
 
 def check_places(model, places, sites=SITES, what="places must be pairs"):
@@ -530,23 +538,29 @@ def check_places(model, places, sites=SITES, what="places must be pairs"):
     return places
 
 
+def places_of(model, sites=SITES):
+    """All pairs (layer, site) of a model at some sites."""
+    check_model(model)
+    return check_places(model, product(range(len(model.blocks)), sites))
+
+
+def weight_names(layer, site):
+    """The names of the weights that read a site."""
+    return [f"blocks.{layer}.{reader}.weight" for reader in READERS[site]]
+
+
 def check_tokens(model, tokens):
     """Raise a ValueError unless ``tokens`` is an int64 tensor (N, T), N ≥ 1, T ≥ 2, of the model's tokens."""
     check_model(model)
-    is_tensor = isinstance(tokens, torch.Tensor)
-    if not is_tensor or tokens.dtype != torch.int64 or tokens.ndim != 2 or not tokens.numel() or tokens.shape[1] < 2:
-        got = f"{tokens.dtype} of shape {tuple(tokens.shape)}" if is_tensor else type(tokens).__name__
-        raise ValueError(f"tokens must be int64 of shape (N, T) with N at least 1 and T at least 2, got {got}")
+    if (not isinstance(tokens, torch.Tensor) or tokens.dtype != torch.int64 or tokens.ndim != 2 or not tokens.numel()
+            or tokens.shape[1] < 2):
+        raise ValueError(f"tokens must be int64 of shape (N, T) with N at least 1 and T at least 2, got "
+                         f"{described(tokens)}")
     weight = model.embedding.weight
     if tokens.device != weight.device:
         raise ValueError(f"tokens must be on the model's device, {weight.device}, got {tokens.device}")
     if tokens.min() < 0 or tokens.max() >= len(weight):
         raise ValueError(f"tokens must be from 0 to {len(weight) - 1}, got {tokens.min()} to {tokens.max()}")
-
-
-def is_number(value):
-    """Whether ``value`` is a real number of Python or NumPy; a bool is none."""
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
 if __name__ == "__main__":

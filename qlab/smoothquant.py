@@ -15,16 +15,12 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from qlab.affine import alike, array_namespace, real_array
+from qlab.affine import alike, array_namespace, is_number, real_array
 from qlab.outliers import dynamic_quantizers, static_quantizers
-from qlab.smollm import SITES, check_model, check_places, is_number, plain_weights, quantize_weights, reweighted
+from qlab.smollm import SITES, check_places, places_of, plain_weights, quantize_weights, reweighted, weight_names
 
-PAIRS = {
-    "attn_in": ("attn_norm", ("q", "k", "v")),
-    "mlp_in": ("mlp_norm", ("gate", "up")),
-    "down_in": ("up", ("down",)),
-}
-"""For each site, the layer whose outputs are divided by s, and those whose columns are multiplied.
+PAIRS = {"attn_in": "attn_norm", "mlp_in": "mlp_norm", "down_in": "up"}
+"""For each site, the layer whose outputs are divided by s: the columns of those that read the site are multiplied.
 
 The first two are the paper's. The third is an extension: the product silu(gate) · up is linear in up.
 """
@@ -146,8 +142,8 @@ def divided(model, scales):
     weights, changed = plain_weights(model), set()
     _check_unchanged(model)
     for layer, site in check_places(model, scales, PAIRS, "scales must have keys"):
-        before, linears = PAIRS[site]
-        names = [f"blocks.{layer}.{name}.weight" for name in (before, *linears)]
+        before = PAIRS[site]
+        names = [f"blocks.{layer}.{before}.weight", *weight_names(layer, site)]
         s = real_array(scales[layer, site], f"scales[{(layer, site)!r}]")
         if tuple(s.shape) != (weights[names[0]].shape[0],) or not bool((s > 0).all()):
             raise ValueError(f"scales must be of shape {(weights[names[0]].shape[0],)} and greater than 0, got shape "
@@ -200,7 +196,7 @@ def _scales(model, found, alpha, sites):
         for layer in range(len(model.blocks)):
             if (layer, site) not in found:
                 raise ValueError(f"found must have statistics of each place, got none of {(layer, site)!r}")
-            columns = torch.cat([weights[f"blocks.{layer}.{name}.weight"] for name in PAIRS[site][1]])
+            columns = torch.cat([weights[name] for name in weight_names(layer, site)])
             scales[layer, site] = smoothing_scales(found[layer, site].absmax, columns.abs().amax(0), alphas[site])
     return scales
 
@@ -255,13 +251,12 @@ def quantized(model, level, found=None, bits=8, *, per_channel=False, sites=SITE
     ----------
     Xiao et al. 2023, table 2.
     """
-    check_model(model)
     if level not in LEVELS:
         raise ValueError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")
     if level == "O3" and found is None:
         raise ValueError("found must be the statistics of the model for level O3, got None")
     sites = list(sites)
-    places = [(layer, site) for layer in range(len(model.blocks)) for site in sites]
+    places = places_of(model, sites)
     if level == "O3":
         _check_found(model, found)
         functions = static_quantizers(found, bits, places=places)

@@ -20,9 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from qlab.affine import check_integer, fake_quantize, real_array
-from qlab.outliers import capture, dynamic_quantizers, params_of
-from qlab.smollm import READERS, check_model, check_tokens, is_number, plain_weights, reweighted
+from qlab.affine import check_integer, described, fake_quantize, is_number, real_array
+from qlab.outliers import capture, check_floats, dynamic_quantizers, params_of
+from qlab.smollm import READERS, check_model, check_tokens, plain_weights, reweighted, weight_names, wide
 from qlab.training import Steps
 
 _PALEY = (12, 20)
@@ -108,12 +108,9 @@ def fast_hadamard(x):
     >>> fast_hadamard(torch.tensor([4.0, 0.0, 0.0, 0.0]))
     tensor([2., 2., 2., 2.])
     """
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or not x.ndim:
-        got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
-        raise ValueError(f"x must be a tensor of floats with at least one axis, got {got}")
+    check_floats(x)
     n = x.shape[-1]
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # sums in half precision lose digits or overflow
-    y, right = wide / math.sqrt(n), 1
+    y, right = wide(x) / math.sqrt(n), 1  # sums in half precision lose digits or overflow
     for factor in reversed(_check_order(n)):
         h = _factor(factor).to(y)
         y = y.reshape(-1, factor) @ h if right == 1 else h.T @ y.reshape(-1, factor, right)
@@ -228,7 +225,7 @@ def fold_gains(model):
     for i, (site, norm) in product(range(len(model.blocks)), (("attn_in", "attn_norm"), ("mlp_in", "mlp_norm"))):
         gains = old[f"blocks.{i}.{norm}.weight"]
         weights[f"blocks.{i}.{norm}.weight"] = torch.ones_like(gains)
-        for name in (f"blocks.{i}.{reader}.weight" for reader in READERS[site]):
+        for name in weight_names(i, site):
             weights[name] = old[name] * gains
     return reweighted(model, weights, "gains folded")
 
@@ -556,7 +553,7 @@ def proxy_inputs(model, tokens, *, per_site=2048, seed=0):
     chosen = torch.zeros(tokens.numel(), dtype=torch.bool)
     chosen[torch.randperm(tokens.numel(), generator=_generator(seed))[:per_site]] = True
     old = plain_weights(model)
-    readers = {(i, site): _in_units(torch.cat([old[f"blocks.{i}.{name}.weight"] for name in READERS[site]]))
+    readers = {(i, site): _in_units(torch.cat([old[name] for name in weight_names(i, site)]))
                for i in range(len(model.blocks)) for site in ("attn_in", "mlp_in")}
     parts, weights = [], []
     for sequence, here in zip(tokens, chosen.view_as(tokens), strict=True):
@@ -569,7 +566,7 @@ def proxy_inputs(model, tokens, *, per_site=2048, seed=0):
 
 def _in_units(w):
     """``w`` times a power of 2, its largest entry from 1/2 to 1, so that no square under- or overflows."""
-    w = w.to(torch.promote_types(w.dtype, torch.float32))
+    w = wide(w)
     return torch.ldexp(w, -torch.frexp(w.abs().max()).exponent)
 
 
@@ -602,8 +599,7 @@ def proxy_loss(r, inputs):
     """
     x, weight = _check_inputs(inputs)
     if not isinstance(r, torch.Tensor) or tuple(r.shape) != 2 * (x.shape[1],):
-        raise ValueError(f"r must be a tensor of shape {2 * (x.shape[1],)}, got "
-                         f"{tuple(r.shape) if isinstance(r, torch.Tensor) else type(r).__name__}")
+        raise ValueError(f"r must be a tensor of shape {2 * (x.shape[1],)}, got {described(r)}")
     return _proxy_loss(r.to(x.dtype), x, weight)
 
 
@@ -802,8 +798,7 @@ def _check_orthogonal(r, name, n, layers=None):
     """``r`` in float64; a ValueError unless it is an orthogonal (n, n) matrix, or one for each of some layers."""
     shapes = [(n, n)] + [(layers, n, n)] * (layers is not None)
     if not isinstance(r, torch.Tensor) or tuple(r.shape) not in shapes:
-        got = tuple(r.shape) if isinstance(r, torch.Tensor) else type(r).__name__
-        raise ValueError(f"{name} must be a tensor of shape {' or '.join(map(str, shapes))}, got {got}")
+        raise ValueError(f"{name} must be a tensor of shape {' or '.join(map(str, shapes))}, got {described(r)}")
     r = real_array(r.detach(), name).double()
     deviation = (r.mT @ r - torch.eye(n).to(r)).abs().max().item()
     if deviation > _ORTHOGONAL:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import cross_entropy
 
-from qlab.affine import check_integer, real_array
+from qlab.affine import check_integer, described, is_number, real_array
 
 
 class Step(NamedTuple):
@@ -67,7 +67,7 @@ def train(model, images, labels, *, epochs, lr, seed, batch_size=64):
     """
     check_labelled(images, labels)
     epochs, batch_size = check_integer(epochs, "epochs", 1), check_integer(batch_size, "batch_size", 1)
-    if not isinstance(lr, (int, float)) or not 0 < lr < float("inf"):
+    if not is_number(lr) or not 0 < lr < float("inf"):
         raise ValueError(f"lr must be more than 0 and finite, got {lr!r}")
     shuffler = torch.Generator().manual_seed(check_integer(seed, "seed", 0, 2**63 - 1))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -151,9 +151,8 @@ def logits(model, images, labels):
     found = read(model, images)
     classes = int(labels.max()) + 1
     if not isinstance(found, torch.Tensor) or found.ndim != 2 or len(found) != len(images) or found.shape[1] < classes:
-        got = f"shape {tuple(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
         raise ValueError(f"model must return one logit for each class, as the labels ask for shape ({len(images)}, "
-                         f"{classes} or more), got {got}")
+                         f"{classes} or more), got {described(found)}")
     return real_array(found, "logits of the model")
 
 
@@ -161,8 +160,7 @@ def check_labelled(images, labels):
     """A ValueError unless ``images`` are finite, at least one, and ``labels`` holds a class for each."""
     check_images(images)
     if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-        got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else type(labels).__name__
-        raise ValueError(f"labels must be an int64 tensor of shape {tuple(images.shape[:1])}, got {got}")
+        raise ValueError(f"labels must be an int64 tensor of shape {tuple(images.shape[:1])}, got {described(labels)}")
     if labels.is_meta or labels.min() < 0:
         raise ValueError(f"labels must be classes, from 0 on, got {labels.min()}")
 

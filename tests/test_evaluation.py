@@ -176,7 +176,7 @@ def test_results_do_not_depend_on_the_parts(monkeypatch):
     model = small_model()
     other = other_head(model)
     whole = Judge(model, TOKENS).compare(other)
-    monkeypatch.setattr(evaluation, "_POSITIONS", 7)
+    monkeypatch.setattr(smollm, "_HEAD_POSITIONS", 7)
     monkeypatch.setattr(evaluation, "_ROWS", 3)
     np.testing.assert_allclose(Judge(model, TOKENS).compare(other).divergence, whole.divergence, rtol=1e-9)
 
@@ -185,9 +185,9 @@ def test_results_do_not_depend_on_the_parts(monkeypatch):
 def test_logits_are_never_all_in_memory(monkeypatch, change):
     model = small_model()
     other, seen = change(model), []
-    wide = evaluation._wide
-    monkeypatch.setattr(evaluation, "_POSITIONS", 16)
-    monkeypatch.setattr(evaluation, "_wide", lambda logits: seen.append(len(logits)) or wide(logits))
+    wide = evaluation.wide
+    monkeypatch.setattr(smollm, "_HEAD_POSITIONS", 16)
+    monkeypatch.setattr(evaluation, "wide", lambda logits: seen.append(len(logits)) or wide(logits))
     judge = Judge(model, TOKENS)
     judge.compare(other)
     assert max(seen) == 16 and sum(seen) >= 2 * 4 * 39

@@ -521,13 +521,13 @@ def test_bad_matrices_are_refused(function, bad, part):
       for size in (3, 0, 8)],
     (lambda: params_of(NAN), "x must be finite, got 1 NaN"), (lambda: fp8(NAN), "x must be finite, got 1 NaN"),
     (lambda: fp8(MATRIX, "row"), "granularity must be .* got 'row'"),
-    *[(lambda bad=bad: fp8(bad), "x must be a tensor of floats with two or more dimensions")
+    *[(lambda bad=bad: fp8(bad), "x must be a tensor of floats with 2 or more axes")
       for bad in (MATRIX.long(), MATRIX.numpy(), torch.ones(3))],
     *[(lambda size=size: fp8(MATRIX, "group", group_size=size), f"group_size must .* got {size}")
       for size in (3, 0, 8)],
     (lambda: dynamic_quantizers("row", places=[]), "granularity must be .* got 'row'"),
     (lambda: dynamic_quantizers("token", 1, places=[]), "bits must be .* got 1"),
-    *[(lambda bad=bad: dynamic_quantizers(places=[0])[0](bad), "x must be a tensor of floats with at least one axis")
+    *[(lambda bad=bad: dynamic_quantizers(places=[0])[0](bad), "x must be a tensor of floats with 1 or more axes")
       for bad in (MATRIX.long(), MATRIX.numpy(), torch.tensor(1.0))],
     (lambda: dynamic_quantizers("tensor", places=[0])[0](torch.tensor([-3e38, 3e38])), "beta - alpha must be finite"),
 ])

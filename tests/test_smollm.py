@@ -538,7 +538,7 @@ def test_a_structurally_pruned_model_is_not_copied():
     for name in ("gate", "up", "down"):
         weight = getattr(model.blocks[0], name).weight
         getattr(model.blocks[0], name).weight = nn.Parameter(weight[:90] if name != "down" else weight[:, :90])
-    with pytest.raises(ValueError, match=r"weights must fit .*'blocks.0.gate.weight' of shape \(90, 48\): \(96, 48\)"):
+    with pytest.raises(ValueError, match=r"weights must fit .*'blocks.0.gate.weight' of .* \(90, 48\): \(96, 48\)"):
         smollm.quantize_weights(model)
 
 
@@ -594,8 +594,8 @@ def test_a_copy_leaves_gradients_and_precision_of_the_original():
 @pytest.mark.parametrize("weights, message", [
     ({"norm.weight": torch.full((48,), math.nan)}, r"weights\['norm.weight'\] must be finite, got 48 NaN"),
     ({"norm.weight": torch.full((48,), 1e39, dtype=torch.float64)}, "must be finite, got 0 NaN and 48 infinite values"),
-    ({"norm.weight": np.ones(48)}, "weights must fit the model's, got 'norm.weight' of shape ndarray"),
-    ({"blocks.2.q.weight": torch.ones(1)}, "'blocks.2.q.weight' of shape .*: no such weight"),
+    ({"norm.weight": np.ones(48)}, "weights must fit the model's, got 'norm.weight' of ndarray"),
+    ({"blocks.2.q.weight": torch.ones(1)}, "'blocks.2.q.weight' of torch.float32 of shape .*: no such weight"),
 ])
 def test_weights_that_fit_no_copy(weights, message):
     with pytest.raises(ValueError, match=message):

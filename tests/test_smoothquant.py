@@ -133,7 +133,7 @@ def test_nothing_changes_in_float64(model, tokens, found, sites, alpha):
     assert smoothed.changes == ("smoothed",) and model.changes == ()
     assert state_bytes(model) == before
     touched = {f"blocks.{i}.{name}.weight" for i in range(2) for site in sites
-               for name in (PAIRS[site][0], *PAIRS[site][1])}
+               for name in (PAIRS[site], *READERS[site])}
     assert {name for name, value in state_bytes(smoothed).items() if value != before[name]} == touched
 
 

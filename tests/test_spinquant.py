@@ -294,11 +294,11 @@ def test_a_rotation_comes_first_and_once(folded, change, check):
     (R1 + 0.01, None, "r1 must be orthogonal, max |RᵀR − I| at most 0.0001, got 0.0"),
     (2 * R1, None, "r1 must be orthogonal, max |RᵀR − I| at most 0.0001, got 3"),
     (hadamard(48), None, "r1 must be orthogonal"),
-    (R2, None, "r1 must be a tensor of shape (48, 48), got (64, 64)"),
+    (R2, None, "r1 must be a tensor of shape (48, 48), got torch.float64 of shape (64, 64)"),
     (R1.numpy(), None, "r1 must be a tensor of shape (48, 48), got ndarray"),
     (R1 * math.nan, None, "r1 must be finite"),
-    (R1, R1, "r2 must be a tensor of shape (64, 64) or (2, 64, 64), got (48, 48)"),
-    (R1, R2.expand(3, -1, -1), "r2 must be a tensor of shape (64, 64) or (2, 64, 64), got (3, 64, 64)"),
+    (R1, R1, "r2 must be a tensor of shape (64, 64) or (2, 64, 64), got torch.float64 of shape (48, 48)"),
+    (R1, R2.expand(3, -1, -1), "(64, 64) or (2, 64, 64), got torch.float64 of shape (3, 64, 64)"),
     (R1, torch.stack([R2, 1.1 * R2]), "r2 must be orthogonal, max |RᵀR − I| at most 0.0001, got 0.21"),
 ])
 def test_what_is_no_rotation(folded, r1, r2, message):
@@ -599,7 +599,7 @@ def test_the_proxy_refuses(model, folded, tokens):
         with pytest.raises(ValueError, match=message):
             proxy_inputs(folded, **{"tokens": tokens} | arguments)
     for arguments, message in [
-        ({"start": torch.eye(8)}, "start must be a tensor of shape (16, 16), got (8, 8)"),
+        ({"start": torch.eye(8)}, "start must be a tensor of shape (16, 16), got torch.float32 of shape (8, 8)"),
         ({"start": torch.ones(16, 16)}, "start must be orthogonal, max |RᵀR − I| at most 0.0001, got 16"),
         ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
         ({"batch_size": 1.5}, "batch_size must be an integer of at least 1, got 1.5"),
@@ -680,7 +680,7 @@ def test_end_to_end_learning_lowers_the_loss(folded, tokens):
 
 @pytest.mark.parametrize("arguments, message", [
     ({"tokens": torch.zeros(3, dtype=torch.int64)}, "tokens must be int64 of shape"),
-    ({"r1": torch.eye(8)}, "r1 must be a tensor of shape (48, 48), got (8, 8)"),
+    ({"r1": torch.eye(8)}, "r1 must be a tensor of shape (48, 48), got torch.float32 of shape (8, 8)"),
     ({"r2": torch.ones(64, 64)}, "r2 must be orthogonal"),
     ({"bits": 1}, "bits must be an integer from 2 to 16, got 1"),
     ({"steps": 0}, "steps must be an integer of at least 1, got 0"),

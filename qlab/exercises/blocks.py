@@ -260,36 +260,28 @@ def check_nvfp4_block(function):
     def e2m1(x):
         return decode(encode(x, FP4_E2M1, saturate=True), FP4_E2M1)
 
-    def right(x, tensor_scale):
-        scale = e4m3(np.abs(x).max() / 6 / tensor_scale)
-        return scale, e2m1(x / (scale * tensor_scale)) * scale * tensor_scale
-
-    def exact(x, tensor_scale):
-        scale = np.abs(x).max() / 6 / tensor_scale
-        return scale, e2m1(x / (scale * tensor_scale)) * scale * tensor_scale
-
-    def without_the_tensors(x, tensor_scale):
-        scale = e4m3(np.abs(x).max() / 6)
-        return scale, e2m1(x / scale) * scale
-
-    def over_448(x, tensor_scale):
-        scale = e4m3(np.abs(x).max() / 448 / tensor_scale)
-        return scale, e2m1(x / (scale * tensor_scale)) * scale * tensor_scale
+    def build(most=6, stored=e4m3, step=lambda x, scale, tensor_scale: scale * tensor_scale):
+        def function(x, tensor_scale):
+            scale = stored(np.abs(x).max() / most / tensor_scale)
+            s = step(x, scale, tensor_scale)
+            return scale, e2m1(x / s) * s
+        return function
 
     def elements(x, tensor_scale):
         scale, x_hat = right(x, tensor_scale)
         return scale, x_hat / (scale * tensor_scale)
 
-    def by_the_exact_scale(x, tensor_scale):
-        scale, s = right(x, tensor_scale)[0], np.abs(x).max() / 6
-        return scale, e2m1(x / s) * s
-
+    right = build()
     misconceptions = [
-        (exact, "The block's scale is stored in E4M3: round it, with decode(encode(…, FP8_E4M3), FP8_E4M3)."),
-        (without_the_tensors, "The tensor's scale is missing: divide the block's scale by it before it is stored."),
-        (over_448, "448 is the largest scale; the tensor's scale has taken care of it. The largest element is 6."),
+        (build(stored=lambda scale: scale),
+         "The block's scale is stored in E4M3: round it, with decode(encode(…, FP8_E4M3), FP8_E4M3)."),
+        (lambda x, tensor_scale: right(x, 1.0),
+         "The tensor's scale is missing: divide the block's scale by it before it is stored."),
+        (build(most=448),
+         "448 is the largest scale; the tensor's scale has taken care of it. The largest element is 6."),
         (elements, "These are the elements. Multiply them by both scales."),
-        (by_the_exact_scale, "Find the elements with the scale that is stored: nobody has the exact one later."),
+        (build(step=lambda x, scale, tensor_scale: np.abs(x).max() / 6),
+         "Find the elements with the scale that is stored: nobody has the exact one later."),
     ]
     tiny = np.array([0.9, -6.1, 2.0, 0.3])
     x = samples.load("activations").astype(np.float64)

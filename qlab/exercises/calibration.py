@@ -1,6 +1,5 @@
 """Checks of lesson 03: clipping and the choice of the range."""
 
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -212,9 +211,9 @@ def check_best_range(function):
     ladder = (f"Look at one candidate: beta = 0.5 with 4 bits has an MSE of {error:.4g} on the real activations.", last)
     for name, data, bits in [("73,728 real activations", x, bits) for bits in (4, 3, 8, 2)] + [
             ("the same with their signs turned", -x, 8)]:
-        answer, problem = call(function, (data, bits), f"{name}, bits = {bits}")
+        answer, problem = call(function, (data, bits), f"{name}, bits = {bits}", last)
         if problem:
-            return replace(problem, ladder=(*problem.ladder, last) if problem.ladder else ())
+            return problem
         beta = numbers(answer)
         if beta is None or beta.ndim or not np.isfinite(beta) or beta <= 0:
             return Verdict(False, f"Expected one positive number, beta; your function gave {show(answer)}.", ladder)

@@ -138,9 +138,9 @@ def check(function, cases, misconceptions, praise, rtol=1e-4, *, ladder):
     """
     step, last = ladder
     for case in cases:
-        answer, problem = call(function, case.arguments, case.written)
+        answer, problem = call(function, case.arguments, case.written, last)
         if problem:
-            return replace(problem, ladder=(*problem.ladder, last) if problem.ladder else ())
+            return problem
         if not same(answer, case.expected, rtol):
             wrong = [(idea(*case.arguments), hint) for idea, hint in misconceptions]
             hints = [hint for w, hint in wrong if same(answer, w, rtol) and not same(case.expected, w, rtol)]
@@ -171,15 +171,15 @@ def _one_part(answer, expected, rtol):
     return []
 
 
-def call(function, arguments, written):
-    """The function's answer, or a verdict if there is none to judge."""
+def call(function, arguments, written, last):
+    """The function's answer, or a verdict if there is none to judge; ``last`` is the last step of its ladder."""
     copies = [np.copy(value) if isinstance(value, np.ndarray) else value for value in arguments]
     try:
         answer = function(*copies)
     except Exception as error:
         text = f"For {written}, your function raised {type(error).__name__}: {error}"
         hint = next((f"\n  {hint}" for message, hint in _RAISED.items() if message in str(error)), "")
-        return None, Verdict(False, text + hint, () if hint else (_where(error),))
+        return None, Verdict(False, text + hint, () if hint else (_where(error), last))
     if any(part is ... for part in (answer if isinstance(answer, tuple) else [answer])) or is_empty(function):
         return None, Verdict(None, "Not answered yet.")
     if answer is None:

@@ -12,6 +12,7 @@ import numpy as np
 from qlab.affine import range_params
 from qlab.exercises.checking import Verdict
 from qlab.floats import FP4_E2M1, FP6_E3M2, FP8_E4M3, FP8_E5M2, decode, encode, fields
+from qlab.live import in_a_row
 
 _FORMATS = (FP8_E4M3, FP8_E5M2, FP6_E3M2, FP4_E2M1)
 
@@ -233,8 +234,7 @@ class Drill:
         after.on_click(lambda _: self.next())
         self._field.on_msg(lambda _, content, buffers: self.answer(self._field.value)
                            if content.get("event") == "submit" else None)
-        row = widgets.HBox([self._field, check, after], layout={"flex_flow": "row wrap", "align_items": "center"})
-        self.widget = widgets.VBox([self._text, row, self._said])
+        self.widget = widgets.VBox([self._text, in_a_row([self._field, check, after]), self._said])
         self.widget.add_class("qlab")
         self.next()
 
@@ -257,8 +257,7 @@ class Drill:
         return f"… {self.task.text}"
 
     def _repr_mimebundle_(self, include=None, exclude=None):
-        view = {"version_major": 2, "version_minor": 0, "model_id": self.widget.model_id}
-        return {"application/vnd.jupyter.widget-view+json": view, "text/plain": repr(self)}
+        return {"application/vnd.jupyter.widget-view+json": self.widget.get_view_spec(), "text/plain": repr(self)}
 
 
 def drill(kind, seed=0):

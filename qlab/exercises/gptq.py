@@ -159,13 +159,12 @@ def check_column(function):
     ✓ Right, on the tiny case and on a real layer.
     """
 
-    def build(share=lambda error, u, j: np.outer(error / u[j, j], u[j, j + 1:]), sign=-1, keep=False, column=0):
+    def build(share=lambda error, u, j: np.outer(error / u[j, j], u[j, j + 1:]), sign=-1, keep=False):
         def function(w, u, j, step):
             w = w.copy()
             rounded = step * np.round(w[:, j] / step)
             error = w[:, j] - rounded
-            if j + column >= 0:
-                w[:, j + 1:] += sign * share(error, u, j)
+            w[:, j + 1:] += sign * share(error, u, j)
             if not keep:
                 w[:, j] = rounded
             return w

@@ -16,6 +16,7 @@ import numpy as np
 from IPython.display import display
 
 from qlab.exercises.checking import ASKED, Verdict, show
+from qlab.live import in_a_row
 from qlab.picture import LOCK
 
 _ALL_SHOWN = []  # a teacher has called `reveal`
@@ -154,7 +155,7 @@ class Prediction:
         reveal.on_click(lambda _: self.reveal())
         self.widget = widgets.VBox([
             widgets.HTML(f"<style>{_LOOK}</style><b>{html.escape(question.text)}</b>"),
-            widgets.HBox([*choices, reveal], layout={"flex_flow": "row wrap", "align_items": "center"}),
+            in_a_row([*choices, reveal]),
             self._verdict,
         ])
         for look in ("qlab", "qlab-prediction"):
@@ -259,8 +260,7 @@ class Prediction:
         return f"… not answered yet: {self.question}" if self.is_open() else self._said()
 
     def _repr_mimebundle_(self, include=None, exclude=None):
-        view = {"version_major": 2, "version_minor": 0, "model_id": self.widget.model_id}
-        return {"application/vnd.jupyter.widget-view+json": view, "text/plain": repr(self)}
+        return {"application/vnd.jupyter.widget-view+json": self.widget.get_view_spec(), "text/plain": repr(self)}
 
 
 class Printed:

@@ -21,8 +21,9 @@ from qlab.affine import (
     real_array,
     zero_point_params,
 )
-from qlab.explorers.parts import bits_slider, own_data, paths, ratio_db
-from qlab.live import BLACK, BLUE, GREEN, GREY, ORANGE, VERMILION, Explorer, FloatSlider, Handle, IntSlider, new_figure
+from qlab.explorers.colors import BLACK, BLUE, GREEN, GREY, ORANGE, VERMILION
+from qlab.explorers.parts import bits_slider, moving, own_data, paths, ratio_db
+from qlab.live import Explorer, FloatSlider, Handle, IntSlider, in_a_row, new_figure
 
 SEVEN = (5.47, 3.08, -7.59, 0, -1.95, -4.57, 10.8)  # the lecture notes' numbers
 
@@ -239,11 +240,10 @@ def mapping(x=SEVEN, bits=8):
 
 
 def _arrange_mapping(controls, chips):
-    row = {"flex_flow": "row wrap", "align_items": "center"}
     rows = [("data",), ("scheme", "bits", "narrow", "value"), ("alpha", "beta")]
     parts = [[controls[name] for name in names] for names in rows]
     parts[0] += chips.values()
-    return widgets.VBox([widgets.HBox(part, layout=row) for part in parts])
+    return widgets.VBox([in_a_row(part) for part in parts])
 
 
 def _numbers(text):
@@ -344,15 +344,13 @@ def _mapping_figure():
         across = above.get_yaxis_transform()
         ends = (1 - _CODE_WIDTH) / 2, (1 + _CODE_WIDTH) / 2
         above.plot(ends, [0, 0], color=BLACK, lw=1, transform=across, scalex=False)
-        moving = {"animated": True, "scalex": False, "scaley": False}
-        levels = above.plot([], [], color=GREY, lw=1, **moving)[0]
-        threads = above.plot([], [], color=BLUE, lw=1.6, **moving)[0]
-        cut = above.plot([], [], color=VERMILION, lw=2, ls=(0, (3, 2)), **moving)[0]
-        dots = above.plot([], [], "o", color=BLACK, ms=8, clip_on=False, zorder=5, **moving)[0]
-        chosen = above.plot([], [], "o", mfc="none", mec=ORANGE, mew=3, ms=15, clip_on=False, in_layout=False,
-                            **moving)[0]
-        landed = above.plot([], [], "s", color=BLACK, ms=6, clip_on=False, **moving)[0]
-        zero = above.plot([], [], "D:", color=GREEN, ms=9, markevery=[2], clip_on=False, **moving)[0]
+        levels = moving(above, color=GREY, lw=1)
+        threads = moving(above, color=BLUE, lw=1.6)
+        cut = moving(above, color=VERMILION, lw=2, ls=(0, (3, 2)))
+        dots = moving(above, "o", color=BLACK, ms=8, clip_on=False, zorder=5)
+        chosen = moving(above, "o", mfc="none", mec=ORANGE, mew=3, ms=15, clip_on=False, in_layout=False)
+        landed = moving(above, "s", color=BLACK, ms=6, clip_on=False)
+        zero = moving(above, "D:", color=GREEN, ms=9, markevery=[2], clip_on=False)
         label = {"va": "top", "fontsize": 13, "animated": True}
         codes = [above.text(0, -0.05, "", ha="center", **label) for _ in range(2**_FEW_BITS)]
         zero_code = above.text(0, -0.2, "", ha="center", color="#006B4F", fontweight="bold", **label)
@@ -362,13 +360,13 @@ def _mapping_figure():
         below.axhline(0, color=BLACK, lw=0.8)
         for half in (-0.5, 0.5):
             below.axhline(half, color=BLACK, lw=1.2, ls=":")
-        sawtooth = below.plot([], [], color=GREY, lw=1, **moving)[0]
-        stems = below.plot([], [], color=BLUE, lw=2, **moving)[0]
-        errors = below.plot([], [], "o", color=BLUE, ms=6, **moving)[0]
-        over = below.plot([], [], "^", color=VERMILION, ms=10, clip_on=False, **moving)[0]
-        under = below.plot([], [], "v", color=VERMILION, ms=10, clip_on=False, **moving)[0]
+        sawtooth = moving(below, color=GREY, lw=1)
+        stems = moving(below, color=BLUE, lw=2)
+        errors = moving(below, "o", color=BLUE, ms=6)
+        over = moving(below, "^", color=VERMILION, ms=10, clip_on=False)
+        under = moving(below, "v", color=VERMILION, ms=10, clip_on=False)
         off = [below.text(0, 0, "", va="center", fontsize=13, animated=True) for _ in range(_MOST_LISTED)]
-        ends = below.plot([], [], color=BLACK, lw=1.6, ls="--", transform=below.get_xaxis_transform(), **moving)[0]
+        ends = moving(below, color=BLACK, lw=1.6, ls="--", transform=below.get_xaxis_transform())
         names = [below.text(0, 0.8, name, ha="center", va="bottom", animated=True) for name in "αβ"]
         drawn = figure.text(0.005, 0.012, "", fontsize=13)
         figure.legend(
@@ -459,7 +457,6 @@ def _signed(code):
 class Granularity:
     """What `granularity` shows for one position of its controls."""
 
-    per: str
     size: int  # how many neighbours share a scale
     bits: int
     scheme: str
@@ -547,7 +544,7 @@ def granularity(w, bits=4):
         squares = quantized(sizes[per], bits, scheme)
         step = absmax_params(ends(w.size), bits).scale
         return Granularity(
-            per, sizes[per], bits, scheme, w.size // sizes[per], *bits_and_db(sizes[per], bits, scheme),
+            sizes[per], bits, scheme, w.size // sizes[per], *bits_and_db(sizes[per], bits, scheme),
             mse=float(squares.mean()), patches=np.sqrt(_patch_means(squares)) / step,
             rows=np.sqrt(squares.mean(axis=1)) / step,
             curves={per: np.transpose([bits_and_db(size, b, scheme) for b in BITS]) for per, size in sizes.items()},
@@ -635,11 +632,10 @@ def _granularity_figure(w, shortest):
 
         right.set(title="what a bit buys", xlim=(1.6, 8.6 + 24 / shortest), ylim=(0, 52), ylabel="SQNR (dB)",
                   xlabel="bits per weight\n(with scales)")
-        curves = {unit: right.plot([], [], marker=marker, ms=7, color=color, animated=True)[0]
-                  for unit, (color, marker) in _LOOKS.items()}
+        curves = {unit: moving(right, marker=marker, ms=7, color=color) for unit, (color, marker) in _LOOKS.items()}
         right.legend([Line2D([], [], color=color, marker=marker) for color, marker in _LOOKS.values()], list(_LOOKS),
                      loc="upper left")
-        ring = right.plot([], [], "o", ms=17, mfc="none", mew=3, color=ORANGE, animated=True)[0]
+        ring = moving(right, "o", ms=17, mfc="none", mew=3, color=ORANGE)
     return figure, SimpleNamespace(middle=middle, right=right, image=image, error=error, curves=curves, ring=ring)
 
 

@@ -11,22 +11,9 @@ from matplotlib.lines import Line2D
 
 from qlab.affine import absmax_params, fake_quantize, numpy_array, zero_point_params
 from qlab.blocks import E8M0, FORMATS, dequantize, quantize
-from qlab.explorers.parts import paths, ratio_db
-from qlab.live import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILION,
-    Explorer,
-    FloatSlider,
-    Handle,
-    IntSlider,
-    new_figure,
-)
+from qlab.explorers.colors import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
+from qlab.explorers.parts import moving, paths, ratio_db
+from qlab.live import Explorer, FloatSlider, Handle, IntSlider, new_figure
 
 RULES = ("floor", "ceil", "even")
 SIZES = (16, 32, 64, 128)
@@ -274,27 +261,24 @@ def _codebooks_figure(decibels):
         above.set(xlim=(-_REACH, _REACH), ylim=(0, 1.08), yticks=[], title="values of a block, and their levels")
         above.tick_params(axis="x", labelbottom=False)
         bars = above.stairs(np.zeros(_BINS.size - 1), _BINS, fill=True, color=SKY, animated=True)
-        moving = {"animated": True, "scalex": False, "scaley": False}
-        levels = above.plot([], [], color=BLACK, **moving)[0]
-        hand = above.plot([], [], color=VERMILION, lw=2.5, **moving)[0]
-        goes = above.plot([], [], color=VERMILION, lw=0, marker="D", ms=9, **moving)[0]
+        levels = moving(above, color=BLACK)
+        hand = moving(above, color=VERMILION, lw=2.5)
+        goes = moving(above, color=VERMILION, lw=0, marker="D", ms=9)
         below.set(ylim=(-_MOST_ERROR, _MOST_ERROR), xlabel="value / largest |x| of the block",
                   ylabel="error /\nlargest |x|")
         below.axhline(0, color=BLACK, lw=0.8)
-        errors = below.plot([], [], "o", color=BLUE, ms=6, **moving)[0]
-        here = below.plot([], [], "v", color=VERMILION, ms=11, clip_on=False, **moving)[0]
+        errors = moving(below, "o", color=BLUE, ms=6)
+        here = moving(below, "v", color=VERMILION, ms=11, clip_on=False)
 
         all_of_them.set(xlim=(3.9, 9.2), ylabel="SQNR (dB)", title=" ",
                         ylim=(np.floor(decibels.min() - 3), np.ceil(decibels.max() + 5)))
         few = np.sort(decibels)[:len(decibels) * 7 // len(NAMES)]
         small.set(xlim=(4.15, 5.9), xlabel="bits per value (with scales)", ylabel="SQNR (dB)",
                   xticks=[4.25, 4.5, 5, 5.5], ylim=(np.floor(few.min() - 1), np.ceil(few.max() + 1)))
-        dots = {name: [axes.plot([], [], clip_on=False, **look, **moving)[0] for axes in panels]
-                for name, look in _LOOKS.items()}
+        dots = {name: [moving(axes, clip_on=False, **look) for axes in panels] for name, look in _LOOKS.items()}
         small.legend([Line2D([], [], **look) for look in _LOOKS.values()],
                      ["MX", "NVFP4", "NF4", "Q4, Q8", "int4 groups"], loc="center right", handletextpad=0.1)
-        rings = [axes.plot([], [], "o", ms=17, mfc="none", mew=3, color=ORANGE, clip_on=axes is small, **moving)[0]
-                 for axes in panels]
+        rings = [moving(axes, "o", ms=17, mfc="none", mew=3, color=ORANGE, clip_on=axes is small) for axes in panels]
         label = all_of_them.text(0.5, 1.04, "", fontweight="bold", ha="center", animated=True,
                                  transform=all_of_them.transAxes)
     return figure, SimpleNamespace(above=above, panels=panels, bars=bars, levels=levels, hand=hand, goes=goes,

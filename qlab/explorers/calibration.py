@@ -11,21 +11,9 @@ from matplotlib.lines import Line2D
 
 from qlab import calibration
 from qlab.affine import ErrorSplit, QParams, dequantize, range_params
-from qlab.explorers.parts import bits_slider, own_data, ratio_db
-from qlab.live import (
-    BLACK,
-    BLUE,
-    GREEN,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILION,
-    Explorer,
-    FloatLogSlider,
-    FloatSlider,
-    Handle,
-    new_figure,
-)
+from qlab.explorers.colors import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
+from qlab.explorers.parts import bits_slider, moving, own_data, ratio_db
+from qlab.live import Explorer, FloatLogSlider, FloatSlider, Handle, new_figure
 
 _BINS = 360
 _CURVE_POINTS = 60
@@ -217,7 +205,7 @@ def _clipping_figure(profile, reach, ends):
                 "total": {"color": BLACK, "ls": "-"}}
         places = np.concatenate([-ends[::-1], [np.nan], ends])
         curves = {part: below.plot(places, places, animated=True, **look[part])[0] for part in look}
-        dots = below.plot([], [], "o", ms=9, color=BLACK, animated=True)[0]
+        dots = moving(below, "o", ms=9, color=BLACK)
         marks = {  # background: they change when a chip is pressed, not while a slider moves
             name: below.plot([], [], sign, color=color, ms=11, mfc="none", mew=2.5, clip_on=False, visible=False)[0]
             for name, sign, color in zip(CALIBRATORS, "sD^vp", (ORANGE, SKY, GREEN, PURPLE, VERMILION), strict=True)

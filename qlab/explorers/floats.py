@@ -12,8 +12,10 @@ import traitlets
 from matplotlib.collections import LineCollection
 from matplotlib.lines import Line2D
 
+from qlab.explorers.colors import BLACK, BLUE, GREY, ORANGE, PURPLE, SKY, VERMILION
+from qlab.explorers.parts import moving
 from qlab.floats import FORMATS, FloatFormat, decode, encode, fields, spacing
-from qlab.live import BLACK, BLUE, GREY, ORANGE, PURPLE, SKY, VERMILION, Explorer, Handle, new_figure
+from qlab.live import Explorer, Handle, in_a_row, new_figure
 
 _BY_NAME = {fmt.name: fmt for fmt in FORMATS}
 _FIELDS = ("sign", "exponent", "mantissa")
@@ -240,10 +242,8 @@ def float_bits(value=-118.625, format="FP32"):
 
 
 def _arrange(controls, chips):
-    wrap = {"flex_flow": "row wrap", "align_items": "center"}
     typed = [controls[name] for name in ("format", "value", "hex", "binary")]
-    return widgets.VBox([widgets.HBox(typed, layout=wrap), widgets.HBox(list(chips.values()), layout=wrap),
-                         controls["code"]])
+    return widgets.VBox([in_a_row(typed), in_a_row(list(chips.values())), controls["code"]])
 
 
 def _read_bits(result):
@@ -291,8 +291,8 @@ def _bits_figure():
         every = LineCollection([], colors=BLUE, linewidths=1)
         line.add_collection(every, autolim=False)
         _draw_reach(reach)
-        dots = {axes: axes.plot([], [], ls="", animated=True, **_STORED)[0] for axes in (middle, line)}
-        typed = {axes: axes.plot([], [], ls="", animated=True, **_WANTED)[0] for axes in (middle, line)}
+        dots = {axes: moving(axes, ls="", **_STORED) for axes in (middle, line)}
+        typed = {axes: moving(axes, ls="", **_WANTED) for axes in (middle, line)}
         here = reach.axvline(0, color=VERMILION, lw=3, animated=True)
     return figure, SimpleNamespace(parts=parts, product=product, middle=middle, line=line, reach=reach, numbers=numbers,
                                    neighbours=neighbours, gaps=gaps, every=every, dots=dots, typed=typed, here=here,
@@ -326,9 +326,9 @@ def _draw_bits(artists, result):
     _draw_neighbours(artists, result)
     small, limit = result.format.bits <= 8, result.format.max
     artists.here.set_visible(not small)
-    for moving, x in ((artists.dots, result.stored), (artists.typed, result.wanted)):
-        moving[artists.line].set_data([x if np.isfinite(x) else np.nan], [0])
-        moving[artists.line].set_visible(small and abs(x) <= 1.05 * limit)
+    for marks, x in ((artists.dots, result.stored), (artists.typed, result.wanted)):
+        marks[artists.line].set_data([x if np.isfinite(x) else np.nan], [0])
+        marks[artists.line].set_visible(small and abs(x) <= 1.05 * limit)
     artists.here.set_xdata([_log2(result.stored)] * 2)
 
 

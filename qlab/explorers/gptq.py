@@ -12,31 +12,16 @@ from matplotlib.colors import LinearSegmentedColormap
 
 from qlab import samples
 from qlab.affine import dequantize, fake_quantize, quantize, real_array, sqnr_db
-from qlab.explorers.parts import bits_slider, ratio_db
+from qlab.explorers.colors import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
+from qlab.explorers.parts import bits_slider, moving, ratio_db
 from qlab.gptq import Compensated, Factor, compensated, factor, hessian, weight_params
-from qlab.live import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILION,
-    Explorer,
-    FloatLogSlider,
-    FloatSlider,
-    Handle,
-    IntSlider,
-    new_figure,
-)
+from qlab.live import Explorer, FloatLogSlider, FloatSlider, Handle, IntSlider, new_figure
 
 STORED, BY_SIZE = "as stored", "largest H first"
 ROW = "row"
 RANGES = ("min-max", "weighted")
 SHARES = np.arange(16, 41) / 40
 _GROUPS = (128, 64, 32, 16)
-_FEWEST = 16  # tokens
 _POINTS = 33  # of a curve
 _ROWS = 16  # that can be told apart, and make a small picture
 _LOOKS = ({"color": BLACK}, {"color": BLUE, "ls": "--"}, {"color": VERMILION, "ls": "-."}, {"color": GREEN, "ls": ":"})
@@ -255,11 +240,10 @@ def _compensation_figure(rows, n, names):
         profile.axhline(_ROUNDING, color=BLACK, lw=1, ls=":", animated=True)
         profile.legend(loc="upper left", ncols=2, fontsize=12, frameon=False)
         curve.set(xlim=(-0.02 * n, 1.02 * n), xlabel="columns rounded by GPTQ", title="error of the output (%)")
-        moving = {"animated": True, "scaley": False, "scalex": False}
         looks = _LOOKS[:len(names)]
-        nearest = [curve.plot([], [], color=look["color"], lw=1, ls=(0, (1, 3)), **moving)[0] for look in looks]
-        curves = [curve.plot([], [], label=name, **look, **moving)[0] for name, look in zip(names, looks, strict=True)]
-        dots = [curve.plot([], [], "o", ms=10, color=look["color"], clip_on=False, **moving)[0] for look in looks]
+        nearest = [moving(curve, color=look["color"], lw=1, ls=(0, (1, 3))) for look in looks]
+        curves = [moving(curve, label=name, **look) for name, look in zip(names, looks, strict=True)]
+        dots = [moving(curve, "o", ms=10, color=look["color"], clip_on=False) for look in looks]
         curve.legend([*curves, nearest[0]], [*names, "to nearest"], loc="upper center", ncols=2, fontsize=12,
                      frameon=False)
         lines_at = [axes.axvline(0, color=BLACK, lw=2.5, animated=True) for axes in (cells, profile)]
@@ -409,19 +393,18 @@ def _clip_figure(inputs):
     with new_figure(height=370) as figure:
         columns, curve = figure.subplots(1, 2, width_ratios=[1, 1.2], sharey=True)
         live = inputs[inputs > 0]
-        moving = {"animated": True, "scalex": False, "scaley": False}
         columns.set(title="error of each column (%)", xlabel="its inputs (root mean square)", xscale="log",
                     xlim=(live.min() / 1.5, live.max() * 1.5))
         unknown = np.full_like(inputs, np.nan)
         whole = columns.plot(inputs, unknown, ".", ms=5, color=GREY, label="whole range")[0]
-        now = columns.plot(inputs, unknown, ".", ms=5, color=BLACK, clip_on=False, label="now", **moving)[0]
+        now = columns.plot(inputs, unknown, ".", ms=5, color=BLACK, clip_on=False, label="now", animated=True)[0]
         columns.legend(loc="lower right", ncols=2, markerscale=2)
         curve.tick_params(labelleft=True)
         curve.set(title="error of the whole (%)", xlabel="share of the range", xlim=(SHARES[0] - 0.02, 1.02))
         looks = (("weights", {"color": BLUE, "ls": "--"}), ("weights, by diag(H)", {"color": PURPLE, "ls": ":"}),
                  ("output", {"color": BLACK}))
-        curves = [curve.plot([], [], label=label, **look, **moving)[0] for label, look in looks]
-        dots = [curve.plot([], [], "o", ms=10, color=look["color"], clip_on=False, **moving)[0] for _, look in looks]
+        curves = [moving(curve, label=label, **look) for label, look in looks]
+        dots = [moving(curve, "o", ms=10, color=look["color"], clip_on=False) for _, look in looks]
         line = curve.axvline(1, color=ORANGE, lw=1.5, animated=True)
         curve.legend(loc="lower left", fontsize=12)
     return figure, SimpleNamespace(bits=None, whole=whole, now=now, curves=curves, dots=dots, line=line)

@@ -14,25 +14,23 @@ import torch
 from mpl_toolkits.mplot3d import proj3d
 
 from qlab.affine import fake_quantize, sqnr_db
-from qlab.explorers.parts import bits_slider, paths
-from qlab.explorers.places import channel_at, checked_places, group_size, place_control, place_params
-from qlab.live import (
-    BLACK,
-    BLUE,
-    GREY,
-    ON_GREY,
-    ORANGE,
-    VERMILION,
-    Explorer,
-    FloatLogSlider,
-    Handle,
-    new_figure,
+from qlab.explorers.colors import BLACK, BLUE, GREY, ON_GREY, ORANGE
+from qlab.explorers.parts import bits_slider, moving, paths
+from qlab.explorers.places import (
+    ErrorBars,
+    channel_at,
+    checked_places,
+    error_under,
+    group_size,
+    place_control,
+    place_params,
+    token_errors,
 )
+from qlab.live import Explorer, FloatLogSlider, Handle, new_figure
 from qlab.outliers import GRANULARITIES, fp8
 
 KEEP, CLIP, ZERO, FLOAT = "keep", "clip", "zero", "in float"
 INTEGER, FP8 = "integer", "FP8 E4M3"
-_LEAST, _MOST = 0.03, 300.0  # percent: ends of the axis of the output error
 _MOST_COLUMNS = 800  # of the heat map
 _MOST_RIDGES = 200  # of the surface
 _CODES = (matplotlib.colormaps["viridis_r"](np.linspace(0.15, 1, 256)) * 255).round().astype(np.uint8)
@@ -155,7 +153,6 @@ class Outliers:
 
     place: tuple
     granularity: str
-    number_format: str
     most_codes: int  # the largest |q − z|, or the number of positive values of FP8
     threshold: float | None
     codes: np.ndarray  # as a share of ``most_codes``, tokens × channels; 0 means that nothing is left
@@ -236,8 +233,7 @@ def outliers(places=None, bits=8):
         for each in GRANULARITIES:
             quantized, finest = _quantized(small, each, number_format, bits)
             x_hat = torch.where(in_float, x, quantized)
-            of_tokens = (100 * (x_hat @ w.T - output).norm(dim=1) / output.norm(dim=1))[counted]
-            error[each] = (of_tokens.mean().item(), of_tokens.max().item()) if counted.any() else (0.0, 0.0)
+            error[each] = token_errors(x_hat @ w.T, output, counted)
             if each == granularity:
                 chosen, codes, steps = x_hat, _codes(quantized, finest, number_format), finest.expand_as(x)
         rows = slice(1 if without_token_0 and len(x) > 1 else 0, None)
@@ -247,7 +243,7 @@ def outliers(places=None, bits=8):
         ordinary = (x != 0) & ~touched
         most = 126 if number_format == FP8 else 2**bits - 1
         return Outliers(
-            place, granularity, number_format, most, None if treatment == KEEP else threshold,
+            place, granularity, most, None if treatment == KEEP else threshold,
             codes=(codes / most).numpy(), in_float=columns.numpy(), apart=without_token_0,
             half_steps=tuple(half), sqnr_db=float(sqnr_db(x[~ahead], chosen[~ahead])) if not ahead.all() else np.inf,
             output_error=error, to_zero=float((chosen[ordinary] == 0).double().mean()) if ordinary.any() else 0.0,
@@ -290,14 +286,13 @@ def outliers(places=None, bits=8):
         figure, controls, compute, partial(_draw_outliers, artists, places), read, couple=couple,
         handles=[Handle("the threshold", artists.profile, at_threshold, lambda x, y, start: {"threshold": y})],
         hover=partial(_under_the_pointer, places), main=("output_error_percent", "%"),
-        ghost=[artists.threshold, artists.least, artists.most, *artists.lines],
+        ghost=[artists.threshold, artists.least, artists.most, *artists.errors.lines],
         title="Outliers in the activations of a language model",
         description="Above, a heat map of the codes, tokens against channels; white cells hold code 0, orange columns, "
         "marked by triangles, stay in float, and so does an orange token 0. Below, the largest and the typical "
         "magnitude of each channel on a logarithmic axis, with half a step of its grid at 0: smaller values become 0. "
         "Right, bars with the error of the layer's output for one scale per tensor, token, channel and group.",
-        parts={"errors": [*artists.lines, artists.worst, *artists.texts], "codes": [artists.image],
-               "half a step": [artists.least, artists.most]},
+        parts={"codes": [artists.image], "half a step": [artists.least, artists.most]},
     )
 
 
@@ -325,9 +320,7 @@ def _under_the_pointer(places, axes, x, y, result):
     sizes = places[result.place][0].abs().numpy()
     heat, _, profile = axes.figure.axes
     if axes not in (heat, profile):
-        name = list(result.output_error)[int(np.clip(round(y), 0, len(result.output_error) - 1))]
-        mean, worst = result.output_error[name]
-        return f"one scale per {name}\nmean of the tokens: {mean:.3g} %\nworst token: {worst:.3g} %"
+        return f"one scale per {error_under(y, result.output_error)}"
     if axes is heat:
         token = int(np.clip(y, 0, len(sizes) - 1))
         channel = channel_at(axes, x, sizes[token])
@@ -348,28 +341,21 @@ def _outliers_figure():
         heat, profile, bars = axes["A"], axes["B"], axes["C"]
         heat.set(ylabel="token", title="codes |q − z| (white: 0, orange: in float)", xticks=[])
         image = heat.imshow(np.zeros((1, 1, 4), np.uint8), aspect="auto", interpolation="nearest", animated=True)
-        in_float = heat.plot([], [], "v", ms=7, color=BLACK, clip_on=False, transform=heat.get_xaxis_transform(),
-                             scalex=False, scaley=False, in_layout=False, animated=True)[0]
+        in_float = moving(heat, "v", ms=7, color=BLACK, clip_on=False, transform=heat.get_xaxis_transform(),
+                          in_layout=False)
         profile.set(xlabel="channel", ylabel="|x|", yscale="log")
         peaks = profile.plot([], [], color=GREY, lw=1, label="largest in channel")[0]
         typical = profile.plot([], [], ".", ms=3, color=BLACK, label="typical (median)")[0]
-        least = profile.plot([], [], color=BLUE, lw=1.6, animated=True, label="half a step at 0", **ON_GREY)[0]
-        most = profile.plot([], [], color=BLUE, lw=1.6, animated=True, **ON_GREY)[0]
+        least = moving(profile, color=BLUE, lw=1.6, label="half a step at 0", **ON_GREY)
+        most = moving(profile, color=BLUE, lw=1.6, **ON_GREY)
         threshold = profile.axhline(1, color=ORANGE, ls="--", animated=True, label="threshold")
         profile.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False, handlelength=1.2,
                        columnspacing=1, fontsize=12)
-        bars.set(title="error of the output", xscale="log", xlim=(_LEAST, _MOST), ylim=(3.6, -0.6),
-                 xlabel="of one token:\nmean, ◆ worst")
-        bars.set_xticks([0.1, 1, 10, 100], ["0.1 %", "1", "10", "100"])
+        errors = ErrorBars(bars, GRANULARITIES, width=20, top=-0.6)
         bars.set_yticks(range(len(GRANULARITIES)), GRANULARITIES)
         bars.tick_params(axis="y", length=0)
-        lines = [bars.plot([], [], color=GREY, lw=20, solid_capstyle="butt", animated=True)[0] for _ in GRANULARITIES]
-        worst = bars.plot([], [], "d", ms=9, color=BLACK, animated=True)[0]
-        texts = [bars.text(_LEAST * 1.1, i - 0.36, "", va="center", fontsize=13, animated=True)
-                 for i in range(len(GRANULARITIES))]
     return figure, SimpleNamespace(place=None, heat=heat, image=image, in_float=in_float, profile=profile, peaks=peaks,
-                                   typical=typical, least=least, most=most, threshold=threshold, lines=lines,
-                                   worst=worst, texts=texts)
+                                   typical=typical, least=least, most=most, threshold=threshold, errors=errors)
 
 
 def _draw_outliers(artists, places, result):
@@ -395,14 +381,7 @@ def _draw_outliers(artists, places, result):
     artists.threshold.set_visible(result.threshold is not None)
     if result.threshold is not None:
         artists.threshold.set_ydata([result.threshold] * 2)
-    artists.worst.set_data(np.clip([worst for _, worst in result.output_error.values()], _LEAST, _MOST),
-                           range(len(GRANULARITIES)))
-    for i, (granularity, (error, _)) in enumerate(result.output_error.items()):
-        now = granularity == result.granularity
-        artists.lines[i].set_data([_LEAST, np.clip(error, _LEAST, _MOST)], [i, i])
-        artists.lines[i].set_color(VERMILION if now else GREY)
-        artists.texts[i].set(text=f"{error:.2g} %" if error < 99.5 else f"{error:.0f} %",
-                             fontweight="bold" if now else "normal")
+    artists.errors.draw(result.output_error, result.granularity)
 
 
 def _heat_map(result):

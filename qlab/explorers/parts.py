@@ -37,3 +37,8 @@ def ratio_db(power, error):
     error = np.asarray(error, np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(error > 0, 10 * np.log10(power / error), np.inf)[()]
+
+
+def moving(axes, *marks, **look):
+    """A line that `draw` moves: nothing of it is background, and the limits of the axes do not follow it."""
+    return axes.plot([], [], *marks, animated=True, scalex=False, scaley=False, **look)[0]

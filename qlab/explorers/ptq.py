@@ -14,7 +14,8 @@ from matplotlib.lines import Line2D
 
 from qlab import digits, ptq
 from qlab.affine import zero_point_params
-from qlab.live import BLACK, BLUE, SKY, VERMILION, Explorer, IntSlider, new_figure
+from qlab.explorers.colors import BLACK, BLUE, SKY, VERMILION
+from qlab.live import Explorer, IntSlider, in_a_row, new_figure
 
 _CALIBRATION_IMAGES = 256
 _PIXELS = 0.0, 1.0  # the range of the first layer's inputs is known, and not left to a calibrator
@@ -237,12 +238,11 @@ def _outputs(model, images):
 
 
 def _in_two_rows(controls, chips):
-    row = {"flex_flow": "row wrap", "align_items": "center"}
     label = {"layout": {"margin": "2px 4px 2px 20px"}}
     above = [controls[name] for name in ("weight_bits", "activation_bits", "calibrator")]
     below = [widgets.Label("weights", **label), controls["weights"], controls["weight_range"],
              widgets.Label("activations", **label), controls["mode"]]
-    return widgets.VBox([widgets.HBox(some, layout=row) for some in (above, below)])
+    return widgets.VBox([in_a_row(above), in_a_row(below)])
 
 
 def _digits_figure(images, layers, float_accuracy, float_kb):

@@ -9,19 +9,9 @@ import ipywidgets as widgets
 import numpy as np
 from matplotlib.lines import Line2D
 
-from qlab.explorers.parts import bits_slider, paths
-from qlab.live import (
-    BLACK,
-    BLUE,
-    GREY,
-    ORANGE,
-    VERMILION,
-    Explorer,
-    FloatLogSlider,
-    FloatSlider,
-    Handle,
-    new_figure,
-)
+from qlab.explorers.colors import BLACK, BLUE, GREY, ORANGE, VERMILION
+from qlab.explorers.parts import bits_slider, moving, paths
+from qlab.live import Explorer, FloatLogSlider, FloatSlider, Handle, new_figure
 
 _REACH = 3.0  # of the staircase's x axis
 LSQ, PACT = "LSQ: learn s", "PACT: learn α"
@@ -170,24 +160,23 @@ def _codes(scheme, bits):
 def _rounding_figure():
     with new_figure(1000, 490) as figure:
         above, middle, below = figure.subplots(3, 1, sharex=True, height_ratios=[1.8, 0.6, 1.3])
-        moving = {"animated": True, "scalex": False, "scaley": False}
         ends = [axes.axvspan(0, 0, color=GREY, alpha=0.22, lw=0, animated=True)
                 for axes in (above, middle, below) for _ in range(2)]
         above.set(xlim=(-_REACH, _REACH), ylim=(-_REACH, _REACH), ylabel="x̂")
         above.plot([-_REACH, _REACH], [-_REACH, _REACH], color=BLACK, lw=1, ls=":")
-        stairs = above.plot([], [], color=BLUE, **moving)[0]
+        stairs = moving(above, color=BLUE)
         middle.set(ylim=(-0.25, 1.3), yticks=[0, 1], ylabel="∂x̂/∂x")
-        jumps = middle.plot([], [], color=GREY, lw=1, **moving)[0]
-        true = middle.plot([], [], color=BLACK, **moving)[0]
-        estimate = middle.plot([], [], color=VERMILION, ls=(0, (4, 1.5)), **moving)[0]
+        jumps = moving(middle, color=GREY, lw=1)
+        true = moving(middle, color=BLACK)
+        estimate = moving(middle, color=VERMILION, ls=(0, (4, 1.5)))
         below.set_yscale("symlog", linthresh=1, linscale=2.2)
         below.set(xlabel="x (shaded: outside the range)")
         below.axhline(0, color=BLACK, lw=0.8)
-        by_parameter = below.plot([], [], color=ORANGE, **moving)[0]
-        first_step = above.plot([], [], "D", color=BLUE, mfc="white", mew=2, ms=8, zorder=4, **moving)[0]
+        by_parameter = moving(below, color=ORANGE)
+        first_step = moving(above, "D", color=BLUE, mfc="white", mew=2, ms=8, zorder=4)
         here = [axes.axvline(0, color=BLACK, lw=1.4, ls="--", animated=True) for axes in (above, middle, below)]
         look = {"ls": "", "marker": "o", "ms": 10, "zorder": 5, "clip_on": False}
-        dots = [axes.plot([], [], color=color, **look, **moving)[0]
+        dots = [moving(axes, color=color, **look)
                 for axes, color in ((above, BLUE), (middle, VERMILION), (below, ORANGE))]
         above.legend([stairs, Line2D([], [], color=BLACK, lw=1, ls=":")], ["quantized", "x itself"], loc="upper left")
         middle.legend([true, estimate], ["the derivative (grey: x̂ jumps)", "straight-through"], ncols=2,

@@ -11,9 +11,10 @@ from matplotlib.ticker import LogLocator
 
 from qlab import samples
 from qlab.affine import absmax_params, fake_quantize
-from qlab.explorers.parts import bits_slider
+from qlab.explorers.colors import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION
+from qlab.explorers.parts import bits_slider, moving
 from qlab.explorers.places import channel_at, checked_places, place_control
-from qlab.live import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION, Explorer, FloatSlider, Handle, new_figure
+from qlab.live import Explorer, FloatSlider, Handle, new_figure
 from qlab.smoothquant import smoothing_scales
 from qlab.studies import smoothquant as study
 from qlab.studies.tables import load
@@ -202,10 +203,10 @@ def _figure(of_the_model):
         panels[0].legend(loc="upper right", ncols=2, fontsize=11, framealpha=0.8)
         curve.set(title="error of Y = X Wᵀ", xlim=(-0.03, 1.03), ylim=(_LEAST, _MOST), yscale="log")
         curve.set_yticks([0.1, 1, 10, 100], ["0.1 %", "1 %", "10 %", "100 %"])
-        line = curve.plot([], [], color=BLACK, antialiased=False, animated=True)[0]
+        line = moving(curve, color=BLACK, antialiased=False)
         off = curve.axhline(1, color=ORANGE, ls="--", animated=True, label="off")
         curve.legend(loc="upper right")
-        dot = curve.plot([], [], "o", ms=12, color=VERMILION, animated=True)[0]
+        dot = moving(curve, "o", ms=12, color=VERMILION)
         below = axes["M"] if of_the_model else curve
         below.set_xlabel("α  (0: all to X,  1: all to W)")
         model = _model(below) if of_the_model else []

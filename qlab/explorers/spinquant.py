@@ -10,26 +10,14 @@ import numpy as np
 import torch
 
 from qlab import samples
-from qlab.affine import QParams, absmax_params, dequantize, fake_quantize, real_array
-from qlab.explorers.parts import bits_slider, paths
-from qlab.explorers.places import channel_at, checked_places, place_control, place_name
+from qlab.affine import QParams, absmax_params, dequantize, fake_quantize
+from qlab.explorers.colors import BLACK, BLUE, GREEN, GREY, ON_GREY, ORANGE, VERMILION
+from qlab.explorers.parts import bits_slider, moving, paths
+from qlab.explorers.places import ErrorBars, channel_at, checked_places, error_under, place_control, token_errors
 from qlab.explorers.watching import Watching
-from qlab.live import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    ON_GREY,
-    ORANGE,
-    VERMILION,
-    Explorer,
-    FloatSlider,
-    Handle,
-    IntSlider,
-    new_figure,
-)
+from qlab.live import Explorer, FloatSlider, Handle, IntSlider, new_figure
 from qlab.outliers import kurtosis, params_of
-from qlab.spinquant import _check_orthogonal, fast_hadamard, random_hadamard, random_orthogonal
+from qlab.spinquant import fast_hadamard, random_hadamard, random_orthogonal
 
 NO_AXIS, ONE_AXIS, DIAGONAL = "none", "on one axis", "diagonal"
 NONE, FOLDED = "none", "gains folded"
@@ -40,7 +28,6 @@ _ANGLES = np.arange(91.0)  # degrees
 _LONG, _SHORT = 5.0, 1.0  # standard deviations along the outlier axis and across
 _MOST_LINES = 64  # of a grid in each direction: more would be a grey area
 _RATIOS = (0.5, 0.7, 1, 1.4, 2)
-_LEAST, _MOST = 0.03, 300.0  # percent: ends of the axis of the output error
 _HEAD = 64  # channels of a head, which is what R2 turns
 _GROUP = 32
 _HELD_OUT = ("held_out", "output_error_percent")
@@ -171,13 +158,12 @@ def _figure_2d(limit):
         for axes, title in ((turned, "rotated: x R"), (back, "turned back: x")):
             axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[], yticks=[], title=title)
             axes.spines[:].set_visible(True)
-            moving = {"animated": True, "scalex": False, "scaley": False}
             panels.append(SimpleNamespace(
-                grid=axes.plot([], [], color=BLUE, lw=0.5, **moving)[0],
-                square=axes.plot([], [], color=BLUE, lw=2, **moving)[0],
-                axis=axes.plot([], [], color=ORANGE, lw=2, ls="--", **moving)[0],
-                levels=axes.plot([], [], "s", color=VERMILION, ms=5, **moving)[0],
-                tokens=axes.plot([], [], ".", color=BLACK, ms=3, **moving)[0],
+                grid=moving(axes, color=BLUE, lw=0.5),
+                square=moving(axes, color=BLUE, lw=2),
+                axis=moving(axes, color=ORANGE, lw=2, ls="--"),
+                levels=moving(axes, "s", color=VERMILION, ms=5),
+                tokens=moving(axes, ".", color=BLACK, ms=3),
             ))
         first, second = panels
         below = {"loc": "upper center", "ncols": 3, "frameon": False, "columnspacing": 1, "handlelength": 1.4}
@@ -188,11 +174,11 @@ def _figure_2d(limit):
         curves.set_yticks(_RATIOS, [f"{ratio:g}×" for ratio in _RATIOS])
         curves.set_yticks([], minor=True)
         curves.axhline(1, color=BLACK, lw=0.8)
-        lines = [curves.plot([], [], animated=True, label=label, **look)[0] for label, look in (
+        lines = [moving(curves, label=label, **look) for label, look in (
             ("error", {"color": VERMILION, "lw": 3}), ("max |x R|", {"color": BLUE, "ls": "--"}),
             ("kurtosis", {"color": GREEN, "ls": ":"}))]
         now = curves.axvline(0, color=BLACK, lw=1.2, animated=True)
-        marker = curves.plot([], [], "o", color=VERMILION, mec=BLACK, ms=11, clip_on=False, animated=True)[0]
+        marker = moving(curves, "o", color=VERMILION, mec=BLACK, ms=11, clip_on=False)
         curves.legend(bbox_to_anchor=(0.43, -0.17), fontsize=12, **below)
     return figure, SimpleNamespace(panels=panels, lines=lines, now=now, marker=marker)
 
@@ -236,19 +222,18 @@ class Rotation:
     turned: Turned
     half_steps: tuple  # least and most
     to_zero: float  # share of the values that become 0
-    output_error: dict  # rotation: ‖Q(x R) Q(W R)ᵀ − x Wᵀ‖ / ‖x Wᵀ‖ of each token in percent, mean and largest; or
-    #   None where it does not fit
+    output_error: dict  # rotation: ‖Q(x R) Q(W R)ᵀ − x Wᵀ‖ / ‖x Wᵀ‖ of each token in percent, mean and largest
 
 
-def rotation(places=None, bits=4, rotations=None, gains=None):
+def rotation(places=None, bits=4):
     """Explore what a rotation does to the activations of a real layer, to its weights, and to the layer's error.
 
     Left, the largest |x| of each channel, before (grey) and after the rotation. Middle, how many values have which
     magnitude, before and after. The blue lines are half a step of the grids, the least and the most: what lies below
     becomes 0. Right, how wrong the layer's output is without a rotation, and with each ("bars", for a veil).
 
-    Behind a norm, what is rotated is what R1 rotates: activations divided by the norm's gains, and weights that were
-    multiplied by them. At the input of o each head is turned, as by R2.
+    Behind a norm, what is rotated is what R1 rotates: activations divided by the norm's gains (`qlab.samples.gains`),
+    and weights that were multiplied by them. At the input of o each head is turned, as by R2.
 
     Parameters
     ----------
@@ -257,26 +242,20 @@ def rotation(places=None, bits=4, rotations=None, gains=None):
         meet. By default `qlab.samples.products`.
     bits : int, 2 to 8
         Of the activations, to start with.
-    rotations : dict of str to float array or tensor, optional
-        Further rotations under names of their own: orthogonal matrices (channels, channels) that fit one of the places.
-    gains : dict of (layer, site) to float array or tensor, optional
-        Gains (channels,) of the norms in front of some of ``places``, none of them 0. By default those of
-        `qlab.samples.gains` for its places, and none for others.
 
     Returns
     -------
     Explorer
-        Controls ``place``, ``rotate`` ("none", "gains folded", "Hadamard", "random Hadamard", "random orthogonal" or a
-        name in ``rotations``), ``seed`` of the random ones, ``bits`` and ``granularity`` of the activations ("tensor",
+        Controls ``place``, ``rotate`` ("none", "gains folded", "Hadamard", "random Hadamard" or "random orthogonal"),
+        ``seed`` of the random ones, ``bits`` and ``granularity`` of the activations ("tensor",
         "token" or "group", of 32 channels), and ``weights`` ("float", "8 bits" or "4 bits", one scale for each row,
-        rounded to nearest). A rotation that does not fit a place has no bar there, and selecting it is an error.
+        rounded to nearest).
 
     Raises
     ------
     ValueError
         If ``places`` is empty, a matrix has not two dimensions, is empty or has a NaN or infinity, a pair does not fit
-        together, ``bits`` is not from 2 to 8, one of ``rotations`` has a name that is taken, is not orthogonal or
-        fits no place, or ``gains`` are of no place, do not fit it, or have a 0, a NaN or infinity.
+        together, `qlab.spinquant.hadamard` has no matrix for its channels, or ``bits`` is not from 2 to 8.
 
     References
     ----------
@@ -292,12 +271,14 @@ def rotation(places=None, bits=4, rotations=None, gains=None):
     >>> round(explorer.readout["output_error_percent"], 1)
     10.6
     """
-    gains = _checked_gains(places, samples.gains() if places is None and gains is None else gains)
-    places, given = checked_places(places), {}
+    gains = {} if places is not None else {place: torch.from_numpy(gain) for place, gain in samples.gains().items()}
+    places = checked_places(places)
     widths = {place: _width(place, x.shape[1]) for place, (x, _) in places.items()}
-    for name, matrix in _items(rotations):
-        given[name] = _fitting(name, matrix, set(widths.values()))
-    names = [*BUILT_IN, *given]
+    for place, n in widths.items():
+        try:
+            fast_hadamard(torch.zeros(n))
+        except ValueError as error:
+            raise ValueError(f"places[{place!r}] must have channels that a Hadamard matrix fits: {error}") from None
     outputs = {place: x @ w.T for place, (x, w) in places.items()}
 
     def folded(place):
@@ -307,17 +288,13 @@ def rotation(places=None, bits=4, rotations=None, gains=None):
     scales = {place: _Magnitudes(x, folded(place)[0]) for place, (x, _) in places.items()}
 
     def rotated(a, rotate, seed, n):
-        """a R, or a ValueError where there is no R of that size."""
+        """a R, as R turns n channels at a time."""
         if rotate == FOLDED:
             return a
         a = a.unflatten(1, (-1, n))
         if rotate == HADAMARD:
             return fast_hadamard(a).flatten(1)
-        if rotate in given and len(given[rotate]) != n:
-            raise ValueError(f"it has {len(given[rotate])} channels, the place has {n}")
-        r = (given[rotate] if rotate in given else
-             random_hadamard(n, seed) if rotate == RANDOM_HADAMARD else random_orthogonal(n, seed))
-        return (a @ r).flatten(1)
+        return (a @ (random_hadamard if rotate == RANDOM_HADAMARD else random_orthogonal)(n, seed)).flatten(1)
 
     @lru_cache(32)
     def turned(place, rotate, seed):
@@ -327,28 +304,16 @@ def rotation(places=None, bits=4, rotations=None, gains=None):
         size = x.abs().numpy()
         return Turned(x, w, size.max(0), np.histogram(size, scales[place].bins)[0], kurtosis(x))
 
-    def turned_if_it_fits(place, rotate, seed):
-        try:
-            return turned(place, rotate, seed if rotate in (RANDOM_HADAMARD, RANDOM_ORTHOGONAL) else 0)
-        except ValueError as error:
-            return error
-
     def compute(*, place, rotate, seed, bits, granularity, weights):
         output, errors = outputs[place], {}
-        for name in names:
-            after = turned_if_it_fits(place, name, seed)
-            if isinstance(after, ValueError):
-                if name == rotate:
-                    raise ValueError(f"rotation {name!r} does not fit {place_name(place)}: {after}")
-                errors[name] = None
-                continue
+        for name in BUILT_IN:
+            after = turned(place, name, seed if name in (RANDOM_HADAMARD, RANDOM_ORTHOGONAL) else 0)
             n = after.x.shape[1]
             params = params_of(after.x, granularity, bits, group_size=n if n % _GROUP else _GROUP)
             x_hat, w_hat = fake_quantize(after.x, params), after.w
             if WEIGHTS[weights]:
                 w_hat = fake_quantize(w_hat, absmax_params(w_hat, WEIGHTS[weights], axis=0))
-            of_tokens = (100 * (x_hat @ w_hat.T - output).norm(dim=1) / output.norm(dim=1))[output.any(1)]
-            errors[name] = of_tokens.mean().item(), of_tokens.max().item()
+            errors[name] = token_errors(x_hat @ w_hat.T, output, output.any(1))
             if name == rotate:
                 chosen, half = after, (params.scale.min().item() / 2, params.scale.max().item() / 2)
                 to_zero = float((x_hat[after.x != 0] == 0).double().mean())
@@ -362,7 +327,7 @@ def rotation(places=None, bits=4, rotations=None, gains=None):
 
     controls = {
         "place": place_control(places),
-        "rotate": widgets.ToggleButtons(options=names, style={"button_width": "auto"}),
+        "rotate": widgets.ToggleButtons(options=BUILT_IN, style={"button_width": "auto"}),
         "seed": IntSlider(0, min=0, max=9, description="seed", disabled=True, layout={"width": "240px"},
                           style={"description_width": "40px"}),
         "bits": bits_slider(bits),
@@ -372,7 +337,7 @@ def rotation(places=None, bits=4, rotations=None, gains=None):
                                          style={"button_width": "76px"}),
     }
 
-    figure, artists = _rotation_figure(names)
+    figure, artists = _rotation_figure()
     before = {place: turned(place, NONE, 0) for place in places}
     return Explorer(
         figure, controls, compute, partial(_draw_rotation, artists, before, scales), read, couple=_couple,
@@ -406,69 +371,24 @@ def _width(place, channels):
     return _HEAD if place[1] == "o_in" and channels % _HEAD == 0 else channels
 
 
-def _checked_gains(places, gains):
-    """The gains as float32 tensors; a ValueError unless each fits its place."""
-    gains, known = dict(gains or {}), checked_places(places)
-    for place, given in gains.items():
-        name = f"gains[{place!r}]"
-        if place not in known:
-            raise ValueError(f"gains must be of the places {', '.join(map(str, known))}, got {place!r}")
-        gain = torch.asarray(real_array(given, name), dtype=torch.float32, copy=True, requires_grad=False)
-        if gain.shape != known[place][0].shape[1:] or not gain.all():
-            raise ValueError(f"{name} must be of shape {tuple(known[place][0].shape[1:])} and nowhere 0, got shape "
-                             f"{tuple(gain.shape)}")
-        gains[place] = gain
-    return gains
-
-
-def _items(rotations):
-    try:
-        items = list((rotations or {}).items())
-    except (AttributeError, TypeError, ValueError):
-        raise ValueError(f"rotations must be a dict of names to matrices, got {rotations!r:.80}") from None
-    for name, _ in items:
-        if not isinstance(name, str) or name in (*BUILT_IN, ""):
-            raise ValueError(f"rotations must have names of their own, got {name!r}")
-    return items
-
-
-def _fitting(name, matrix, channels):
-    """A rotation as a float32 tensor; a ValueError unless it is orthogonal and of the size of a place."""
-    name = f"rotations[{name!r}]"
-    matrix = torch.asarray(real_array(matrix, name), copy=True, requires_grad=False)
-    n = matrix.shape[-1] if matrix.ndim else 0
-    if tuple(matrix.shape) != (n, n) or n not in channels:
-        raise ValueError(f"{name} must be of shape {' or '.join(str((c, c)) for c in sorted(channels))}, got "
-                         f"{tuple(matrix.shape)}")
-    return _check_orthogonal(matrix, name, n).float()
-
-
-def _rotation_figure(names):
+def _rotation_figure():
     with new_figure(height=460) as figure:
         profile, histogram, bars = figure.subplots(1, 3, width_ratios=[1.7, 1, 1.25])
-        moving = {"animated": True, "scalex": False, "scaley": False}
         profile.set(xlabel="channel", ylabel="|x|", yscale="log", title="largest in each channel")
         before = profile.plot([], [], color=GREY, lw=1)[0]
-        after = profile.plot([], [], ".", ms=4, color=BLACK, **moving)[0]
-        halves = [axes.plot([], [], color=BLUE, lw=1.8, transform=axes.get_yaxis_transform(), **moving, **ON_GREY)[0]
+        after = moving(profile, ".", ms=4, color=BLACK)
+        halves = [moving(axes, color=BLUE, lw=1.8, transform=axes.get_yaxis_transform(), **ON_GREY)
                   for axes in (profile, histogram)]
         histogram.set(xscale="log", yscale="log", xlabel="number of values", title="all values", yticklabels=[])
         counts_before = histogram.fill_betweenx([], [], fc=(GREY, 0.5), ec=GREY, lw=1, step="pre")
-        counts = histogram.plot([], [], color=BLACK, **moving)[0]
+        counts = moving(histogram, color=BLACK)
         profile.legend([before, after, halves[0]], ["before", "after", "½ step (least, most)"], loc="upper center",
                        ncols=3, frameon=False, handlelength=1, columnspacing=0.9, handletextpad=0.5, fontsize=12)
-        bars.set(title="error of the output", xscale="log", xlim=(_LEAST, _MOST), ylim=(len(names) - 0.4, -0.7),
-                 xlabel="of one token:\nmean, ◆ worst")
-        bars.set_xticks([0.1, 1, 10, 100], ["0.1 %", "1", "10", "100"])
+        errors = ErrorBars(bars, BUILT_IN, width=14.4, top=-0.7)
         bars.set_yticks([])
-        width = min(18, 72 / len(names))
-        lines = [bars.plot([], [], color=GREY, lw=width, solid_capstyle="butt", animated=True)[0] for _ in names]
-        worst = bars.plot([], [], "d", ms=9, color=BLACK, animated=True)[0]
-        texts = [bars.text(_LEAST * 1.1, i - 0.36, "", va="center", fontsize=13, animated=True)
-                 for i in range(len(names))]
     return figure, SimpleNamespace(
-        place=None, names=names, profile=profile, histogram=histogram, before=before, after=after, halves=halves,
-        counts_before=counts_before, counts=counts, lines=lines, worst=worst, texts=texts)
+        place=None, profile=profile, histogram=histogram, before=before, after=after, halves=halves,
+        counts_before=counts_before, counts=counts, errors=errors)
 
 
 def _under_the_pointer(before, axes, x, y, result):
@@ -478,9 +398,7 @@ def _under_the_pointer(before, axes, x, y, result):
         channel = channel_at(axes, x, np.maximum(old, now))
         after = f" → {now[channel]:.4g}" if result.rotate != NONE else ""
         return f"channel {channel}\nlargest |x|: {old[channel]:.4g}{after}"
-    known = dict(enumerate(result.output_error.items()))
-    name, error = known.get(round(y), ("", None)) if axes is bars else ("", None)
-    return f"{name}\nmean of the tokens: {error[0]:.3g} %\nworst token: {error[1]:.3g} %" if error else ""
+    return error_under(y, result.output_error) if axes is bars else ""
 
 
 def _draw_rotation(artists, before, scales, result):
@@ -498,18 +416,7 @@ def _draw_rotation(artists, before, scales, result):
     artists.counts.set_data(result.turned.counts.clip(0.7).repeat(2), scale.bins.repeat(2)[1:-1])
     for line in artists.halves:
         line.set_data(*paths([[0, 0], [1, 1]], [result.half_steps] * 2))
-    shown = {name: error for name, error in result.output_error.items() if error}
-    artists.worst.set_data(np.clip([worst for _, worst in shown.values()], _LEAST, _MOST),
-                           [artists.names.index(name) for name in shown])
-    for i, name in enumerate(artists.names):
-        now, error = name == result.rotate, result.output_error[name]
-        mean = _LEAST if error is None else error[0]
-        label = f"{mean:.2g} %" if mean < 99.5 else f"{mean:.0f} %"
-        if error is None:
-            label = "does not fit"
-        artists.lines[i].set_data([_LEAST, np.clip(mean, _LEAST, _MOST)], [i, i])
-        artists.lines[i].set_color(VERMILION if now else GREY)
-        artists.texts[i].set(text=f"{name}: {label}", fontweight="bold" if now else "normal")
+    artists.errors.draw(result.output_error, result.rotate, "{name}: {percent}")
 
 
 class watch_rotation(Watching):
@@ -588,9 +495,9 @@ def _learning_figure(total, start, error):
             most = 1.25 * first if math.isfinite(first) and first > 0 else 1
             axes.set(title=title, xlabel="step", xlim=(0, total), ylim=(0, most))
             axes.axhline(first, color=ORANGE, ls="--", label="start")
-        loss = left.plot([], [], color=GREY, lw=1.2, animated=True, label="these vectors")[0]
-        held_out = left.plot([], [], "o-", color=BLUE, animated=True, label="held-out vectors")[0]
-        errors = right.plot([], [], "o-", color=BLUE, animated=True)[0]
+        loss = moving(left, color=GREY, lw=1.2, label="these vectors")
+        held_out = moving(left, "o-", color=BLUE, label="held-out vectors")
+        errors = moving(right, "o-", color=BLUE)
         left.legend(loc="lower left")
     return figure, {"loss": loss, "held_out": held_out, "output_error_percent": errors}
 

@@ -12,8 +12,10 @@ import numpy as np
 from matplotlib.collections import LineCollection
 from matplotlib.lines import Line2D
 
+from qlab.explorers.colors import BLACK, BLUE, GREY, ORANGE
+from qlab.explorers.parts import moving
 from qlab.explorers.watching import LEAST, Watching, check_record
-from qlab.live import BLACK, BLUE, GREY, ORANGE, Explorer, Handle, IntSlider, new_figure
+from qlab.live import Explorer, Handle, IntSlider, new_figure
 
 _PLAY_FRAMES, _PLAY_MILLISECONDS = 80, 100
 
@@ -230,7 +232,6 @@ def _run_figure(layers, first, last, levels):
     with new_figure() as figure:
         grid = figure.add_gridspec(2, 2, width_ratios=[1, 0.95] if layers else [1, 0.01])
         above, below, right = (figure.add_subplot(part) for part in (grid[0, 0], grid[1, 0], grid[:, 1]))
-        moving = {"animated": True, "scalex": False, "scaley": False}
         above.set(yscale="log", ylabel="loss (nats)")
         below.set(ylim=(0, 102), ylabel="accuracy (%)", xlabel="step")
         for axes in (above, below):
@@ -240,10 +241,10 @@ def _run_figure(layers, first, last, levels):
             below.axhline(percent, color=BLACK, lw=1, ls=dashes, label=f"{name}: {percent:.1f} %")
         if levels:
             below.legend(loc="lower right", fontsize=12)
-        losses = above.plot([], [], color=BLUE, lw=1.2, **moving)[0]
-        accuracies = below.plot([], [], "o-", color=ORANGE, ms=4, clip_on=False, **moving)[0]
+        losses = moving(above, color=BLUE, lw=1.2)
+        accuracies = moving(below, "o-", color=ORANGE, ms=4, clip_on=False)
         here = [axes.axvline(first, color=BLACK, lw=1.6, ls="--", animated=True) for axes in (above, below)]
-        dots = [axes.plot([], [], "o", color=color, ms=10, clip_on=False, zorder=5, **moving)[0]
+        dots = [moving(axes, "o", color=color, ms=10, clip_on=False, zorder=5)
                 for axes, color in ((above, BLUE), (below, ORANGE))]
 
         right.set_visible(bool(layers))

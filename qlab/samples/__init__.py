@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+FOLDER = Path(__file__).parent
 _FROM_LLM = ("activations", "new_activations", "weights")
 _DIGITS = ("digit_images", "digit_labels", "calibration_digits")
 _ACTIVATIONS = ("relu", "tanh")
@@ -215,7 +216,7 @@ def path(name):
     >>> path("quantize_linear.onnx").endswith(".onnx")
     True
     """
-    file = Path(__file__).with_name(name)
+    file = FOLDER / name
     if not file.is_file():
         raise ValueError(f"there is no sample file {name!r}")
     return str(file)

@@ -130,8 +130,7 @@ CONTRASTS = [
 
 def stored(model, function):
     """A copy of the model with its blocks' weights as a function of arrays leaves them."""
-    readers = [name for names in smollm.READERS.values() for name in names]
-    names = [f"blocks.{layer}.{reader}.weight" for layer in range(len(model.blocks)) for reader in readers]
+    names = [name for place in smollm.places_of(model) for name in smollm.weight_names(*place)]
     weights = model.state_dict()
     return smollm.reweighted(model, {name: torch.from_numpy(function(weights[name].numpy())) for name in names},
                              "weights in blocks")
@@ -166,8 +165,8 @@ def stored_by_gptq(model, tokens, fmt):
     old, weights = model.state_dict(), {}
     with smollm.inserted(model, online(model)):
         for layer in hessians(model, tokens):
-            for (i, site), (h, _) in layer.items():
-                for name in (f"blocks.{i}.{reader}.weight" for reader in smollm.READERS[site]):
+            for place, (h, _) in layer.items():
+                for name in smollm.weight_names(*place):
                     weights[name] = torch.from_numpy(compensated(old[name].numpy(), h.numpy(), fmt))
     return smollm.reweighted(model, weights, "weights in blocks")
 

@@ -16,7 +16,6 @@ of the training otherwise, and so end in other weights.
 """
 
 import hashlib
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from torch import nn
 
 from qlab import samples
 
-OUT = Path(samples.__file__).with_name("digits.npz")
+OUT = samples.FOLDER / "digits.npz"
 TEST_IMAGES = CALIBRATION_IMAGES = 360
 HIDDEN_LAYERS, UNITS = 8, 64
 EPOCHS, BATCH, LEARNING_RATE = 120, 64, 2e-3

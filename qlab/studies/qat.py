@@ -7,7 +7,6 @@ The command trains the network of `qlab.digits` further, once for each scheme, n
 import json
 import platform
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -17,7 +16,7 @@ from qlab.training import train
 
 BITS, SEEDS = (4, 3, 2), range(5)
 EPOCHS, LR = 20, 0.01  # chosen on a fifth of the training images that was held out, not on the test images
-_FILE = Path(samples.__file__).with_name("qat_study.json")
+_FILE = samples.FOLDER / "qat_study.json"
 
 
 def subset(seed):

@@ -35,7 +35,6 @@ import hashlib
 import inspect
 import pydoc_data.topics
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -43,7 +42,6 @@ import torch
 from qlab import outliers, samples, smollm
 from qlab.evaluation import texts
 
-FOLDER = Path(samples.__file__).parent
 PROSE = pydoc_data.topics.topics["objects"]
 CODE = inspect.getsource(colorsys.hls_to_rgb)
 PLACE, TOKENS, NEW_TOKENS, ROWS = (5, "mlp_in"), 128, 64, 192
@@ -57,7 +55,7 @@ def halves(tensor):
 
 
 def save(name, **arrays):
-    path = FOLDER / name
+    path = samples.FOLDER / name
     np.savez_compressed(path, **arrays)
     print(f"{name}: {path.stat().st_size} bytes, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}")
     for key, array in arrays.items():

@@ -9,7 +9,6 @@ their rows at each α, for `qlab.samples.largest_weights`.
 """
 
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -87,7 +86,7 @@ def largest_weights(model, place, x):
 def main():
     torch.set_num_threads(1)  # sums in a fixed order
     model = smollm.load()
-    np.savez_compressed(Path(samples.__file__).with_name("smoothing.npz"), **{
+    np.savez_compressed(samples.FOLDER / "smoothing.npz", **{
         f"{layer}_{site}_{name}": array for (layer, site), (x, _) in samples.products().items()
         for name, array in largest_weights(model, (layer, site), x).items()})
 

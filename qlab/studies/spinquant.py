@@ -17,7 +17,6 @@ import argparse
 import time
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +68,7 @@ END_TO_END_STEPS = 60
 CHANNELS, HEAD_DIM, LAYERS = smollm.Sizes.hidden_size, smollm.Sizes.head_dim, smollm.Sizes.num_hidden_layers
 PLACES = tuple(product(range(LAYERS), smollm.SITES))
 _TO_LEARN, _HELD_OUT = slice(8), slice(8, 10)  # sequences of the calibration text
-_ROTATION = Path(samples.__file__).with_name("spinquant_r1.safetensors")
+_ROTATION = samples.FOLDER / "spinquant_r1.safetensors"
 
 
 def learned_rotation():

@@ -6,7 +6,6 @@
 import json
 import platform
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -153,4 +152,4 @@ def _rounded(found):
 
 
 def _path(study):
-    return Path(samples.__file__).with_name(f"{study}.json")
+    return samples.FOLDER / f"{study}.json"

@@ -19,11 +19,9 @@ import re
 import subprocess
 from importlib import import_module
 from itertools import chain, zip_longest
-from pathlib import Path
 
-from qlab import samples
+from qlab.samples import FOLDER
 
-FOLDER = Path(samples.__file__).parent
 COMMIT = "4ee5ec6baee5727261e4d9cb71cf3b5556649454"
 LESSONS = (
     "00_start_here", "01_ieee754_bits", "02_absmax_and_zero_point", "03_clipping_and_calibration", "04_ptq_and_qat",

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import qlab.live
 from qlab import affine, samples
-from qlab.explorers import granularity, mapping
+from qlab.explorers import colors, granularity, mapping
 from qlab.explorers.affine import DATA_CHIPS, SEVEN
 from tests.explorers.checks import (
     assert_same_whichever_way,
@@ -385,8 +384,8 @@ def test_the_picture_of_a_mapping(bits, scheme):
     np.testing.assert_allclose(code_at(line(explorer, 0, "s").get_xdata()), codes, atol=1e-6)
     np.testing.assert_allclose(code_at(line(explorer, 0, "D").get_xdata()[-1]), read["zero_point"], atol=1e-6)
     threads = {line.get_color(): np.array(line.get_data()).reshape(2, -1, 4)
-               for line in above.lines if line.get_color() in (qlab.live.BLUE, qlab.live.VERMILION)}
-    for color, some in ((qlab.live.BLUE, ~clipped), (qlab.live.VERMILION, clipped)):
+               for line in above.lines if line.get_color() in (colors.BLUE, colors.VERMILION)}
+    for color, some in ((colors.BLUE, ~clipped), (colors.VERMILION, clipped)):
         xs, ys = threads[color]
         np.testing.assert_allclose(xs[:, :2], np.stack([x[some], x_hat[some]], axis=1), atol=1e-6)
         np.testing.assert_allclose(code_at(xs[:, 2]), codes[some], atol=1e-5)
@@ -395,7 +394,7 @@ def test_the_picture_of_a_mapping(bits, scheme):
 
     all_codes = np.arange(read["qmin"], read["qmax"] + 1)
     levels = read["scale"] * (all_codes - read["zero_point"])
-    (grid,) = [line for line in above.lines if line.get_color() == qlab.live.GREY]
+    (grid,) = [line for line in above.lines if line.get_color() == colors.GREY]
     xs = grid.get_xdata().reshape(all_codes.size, -1)  # a row for each level; the last column is a gap
     np.testing.assert_allclose(xs[:, 0], levels, atol=1e-6)
     np.testing.assert_allclose(code_at(xs[:, -2]), all_codes, atol=1e-5)
@@ -403,9 +402,9 @@ def test_the_picture_of_a_mapping(bits, scheme):
     steps = (x - x_hat) / read["scale"]
     below = {line.get_color(): line.get_data() for line in explorer.figure.axes[1].lines
              if line.get_animated() and line.get_marker() == "None"}
-    ends = np.reshape(below[qlab.live.BLUE], (2, -1, 3))[:, :, 1]  # of the stems
+    ends = np.reshape(below[colors.BLUE], (2, -1, 3))[:, :, 1]  # of the stems
     np.testing.assert_allclose(ends, [x[~clipped], steps[~clipped]], atol=1e-5)
-    xs, ys = np.reshape(below[qlab.live.GREY], (2, -1, 3))[:, :, :2]  # of the sawtooth
+    xs, ys = np.reshape(below[colors.GREY], (2, -1, 3))[:, :, :2]  # of the sawtooth
     np.testing.assert_allclose(xs - read["scale"] * ys, np.stack([levels, levels], axis=1), atol=1e-5)
     np.testing.assert_allclose((xs[1:, 0], xs[:-1, 1]), [levels[1:] - read["scale"] / 2] * 2, atol=1e-5)
     np.testing.assert_allclose(line(explorer, 1, "o").get_data(), [x[~clipped], steps[~clipped]], atol=1e-5)

@@ -8,7 +8,7 @@ import pytest
 from qlab import affine, blocks, samples
 from qlab.explorers import codebooks
 from qlab.explorers.blocks import NAMES, RULES
-from qlab.live import ORANGE
+from qlab.explorers.colors import ORANGE
 from tests.explorers.checks import (
     assert_compute_draws_nothing,
     assert_pairs_meet,

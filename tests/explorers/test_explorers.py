@@ -12,7 +12,7 @@ import torch
 
 from qlab import explorers
 
-SHARED = {"parts", "places", "watching"}  # what a figure may stand on
+SHARED = {"colors", "parts", "places", "watching"}  # what a figure may stand on
 SOURCES = sorted(Path(explorers.__path__[0]).glob("*.py"))
 
 

@@ -93,7 +93,7 @@ def test_parts_can_be_veiled(name):
         explorer.veil(part)
         seen.add(explorer.png())
     assert len(seen) == 1 + len(explorer._parts) > 2
-    explorer.unveil()
+    explorer.veil()
     assert explorer.png() in seen
 
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from qlab import samples
 from qlab.explorers import landscape, outliers, outliers_figure
+from qlab.explorers.colors import GREY, VERMILION
 from qlab.explorers.outliers_figure import CLIP, FLOAT, FP8, INTEGER, KEEP, ZERO
-from qlab.live import GREY, VERMILION
 from qlab.outliers import GRANULARITIES
 from tests.explorers.checks import (
     assert_compute_draws_nothing,
