@@ -39,8 +39,9 @@ import sys
 import numpy as np
 import torch
 
-from qlab import outliers, samples, smollm
+from qlab import outliers, smollm
 from qlab.evaluation import texts
+from qlab.samples import FOLDER
 
 PROSE = pydoc_data.topics.topics["objects"]
 CODE = inspect.getsource(colorsys.hls_to_rgb)
@@ -55,7 +56,7 @@ def halves(tensor):
 
 
 def save(name, **arrays):
-    path = samples.FOLDER / name
+    path = FOLDER / name
     np.savez_compressed(path, **arrays)
     print(f"{name}: {path.stat().st_size} bytes, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}")
     for key, array in arrays.items():
