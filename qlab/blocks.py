@@ -392,6 +392,8 @@ def _scales(rows, fmt):
     half_ulp = 2.0 ** -(fmt.element.mantissa_bits + 2)
     above = {"floor": 1.0, "ceil": np.nextafter(np.float32(0.5), np.float32(1)), "even": 1 - half_ulp}[fmt.rule]
     power = exponent - 1 + (significand >= above) - (math.frexp(fmt.largest)[1] - 1)
+    if power.max() > _BIAS:
+        raise ValueError(f"x must have blocks whose scale is at most 2^{_BIAS}, got 2^{power.max()} for {fmt.name}")
     return np.ldexp(np.float32(1), np.where(peak > 0, np.maximum(power, -_BIAS), -_BIAS))
 
 

@@ -288,9 +288,10 @@ def compensated(w, factor, bits, *, group_size=None, symmetric=False, ranges="mi
     columns = inputs if columns is None else check_integer(columns, "columns", 0, inputs)
     size = inputs if group_size is None else _check_group_size(group_size, inputs)
     _check_ranges(ranges)
-    order, diagonal, upper = factor.order, factor.diagonal.to(w.dtype), factor.upper.to(w.dtype)
+    order, diagonal, upper = factor.order, _near_one(factor.diagonal).to(w.dtype), _near_one(factor.upper).to(w.dtype)
     place, group_of, pivots = torch.argsort(order), (order // size).tolist(), upper.diagonal().tolist()
-    now = torch.where(diagonal > 0, w, 0).T[order].contiguous()  # a column lies together in memory here: as a row
+    live = torch.where(factor.diagonal > 0, w, 0)
+    now = live.T[order].contiguous()  # a column lies together in memory here: as a row
     found = {}
 
     def grid_of(group, start=0, stop=inputs, errors=None):
@@ -375,9 +376,11 @@ def weight_params(w, bits, *, group_size=None, symmetric=False, ranges="min-max"
     params = (absmax_params if symmetric else zero_point_params)(w, bits, **along)
     if ranges == "min-max":
         return params
-    h = torch.ones(inputs, dtype=w.dtype) if ranges == "MSE" else _checked_diagonal(diagonal, inputs).to(w.dtype)
+    h = torch.ones(inputs, dtype=w.dtype) if ranges == "MSE" else _checked_diagonal(diagonal, inputs)
     scale, zero_point = (t.reshape(outputs, -1, 1).to(w.dtype) for t in (params.scale, params.zero_point))
-    w, h = w.unflatten(1, (scale.shape[1], -1)), h.view(scale.shape[1], -1, 1)
+    w, h = w.unflatten(1, (scale.shape[1], -1)), _near_one(h).to(w.dtype).view(scale.shape[1], -1, 1)
+    exponents = torch.frexp(scale).exponent.clamp(min=-126)
+    w, scale = torch.ldexp(w, -exponents), torch.ldexp(scale, -exponents)  # squares stay within the dtype
     low, high, u = params.qmin - zero_point, params.qmax - zero_point, torch.empty_like(w)
     best, shares = torch.full_like(scale, math.inf), torch.ones_like(scale)
     for share in _SHARES:
@@ -414,8 +417,8 @@ def awq_search(w, x, bits, *, group_size=None, grid=20):
 
 def _search(w, found, bits, *, group_size, grid=20):
     """`awq_search` from what `hessians` finds."""
-    w, grid = _matrix(w, "w"), check_integer(grid, "grid", 1)
-    h, size = (t.to(w.dtype) for t in found)
+    w, grid = _near_one(_matrix(w, "w")), check_integer(grid, "grid", 1)
+    h, size = (_near_one(t).to(w.dtype) for t in found)
     if len(size) != w.shape[1]:
         raise ValueError(f"x must be of shape (tokens, {w.shape[1]}) for w of shape {tuple(w.shape)}, got "
                          f"{len(size)} channels")
@@ -430,6 +433,12 @@ def _search(w, found, bits, *, group_size, grid=20):
         scales.append(s)
         errors.append(((delta @ h) * delta).sum() / signal)
     return Search(alphas, torch.stack(errors).double(), torch.stack(scales))
+
+
+def _near_one(t):
+    """``t`` times a power of two, its largest magnitude from 1/2 to 1: squares and sums stay within float32."""
+    exponent = torch.frexp(t.abs().max()).exponent.item()
+    return t * 2.0 ** -(exponent // 2) * 2.0 ** -(exponent - exponent // 2)
 
 
 def awq_scales(w, x, bits, *, group_size=None, grid=20):

@@ -17,6 +17,7 @@ on the accumulators; 6 is rounded to a multiple of S₁S₂.
 """
 
 import copy
+from collections import Counter
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import nn
 
 from qlab.affine import QParams, as_numpy, check_integer, dequantize, numpy_array, plain_array, quantize
-from qlab.ptq import QuantizedLayer, record_calls
+from qlab.ptq import QuantizedLayer, is_altered, record_calls
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 ROUNDINGS = ("even", "up", "gemmlowp")
@@ -563,7 +564,12 @@ def simulated_codes(model, images):
     images = torch.tensor(numpy_array(images, "images"), dtype=torch.float32)
     layers = {name: module for name, module in _modules(model) if isinstance(module, QuantizedLayer)}
     found = record_calls(model, layers, images, None, lambda inputs, output: inputs[0])
-    return {name: as_numpy(quantize(x, layers[name].input_params)).astype(np.int8) for name, (*_, x) in found.items()}
+    codes, calls = {}, Counter()
+    for name, layer in layers.items():
+        x = found[name][calls[layer]]  # under two names, a layer is called twice
+        calls[layer] += 1
+        codes[name] = as_numpy(quantize(x, layer.input_params)).astype(np.int8)
+    return codes
 
 
 @dataclass
@@ -611,6 +617,8 @@ def _modules(model):
     """Names and modules in the order of the computation; a ValueError for what integers cannot do here."""
     inside = None
     for name, module in model.named_modules(remove_duplicate=False):
+        if is_altered(module):
+            raise ValueError(f"model must have no hooks, got some on the {type(module).__name__} at {name!r}")
         if type(module) is nn.Sequential or (inside is not None and name.startswith(inside)):
             continue
         if isinstance(module, QuantizedLayer):

@@ -468,9 +468,9 @@ class Explorer:
                     _check_allowed(name, self.controls[name], value)
                 try:
                     self._put(name, value)
-                except (TraitError, ValueError) as error:
+                except (TraitError, ValueError, AttributeError) as error:
                     raise ValueError(f"{name} cannot be {value!r}: {error}") from None
-        except ValueError:
+        except Exception:
             for name, traits in reversed(self._undo[done:]):
                 self._put(name, traits, undo=False)
             del self._undo[done:]
@@ -568,7 +568,7 @@ def in_a_row(parts):
 def _check_allowed(name, control, value):
     """What widgets would take without a word: sliders move to their end or a whole number, and None chooses nothing."""
     if hasattr(control, "_options_values"):
-        if value not in control._options_values:
+        if getattr(value, "ndim", 0) or value not in control._options_values:
             allowed = ", ".join(map(str, control._options_values))
             raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
         return
@@ -578,7 +578,7 @@ def _check_allowed(name, control, value):
     if isinstance(control, widgets.FloatLogSlider):  # its ends are exponents
         low, high = control.base**low, control.base**high
     whole = isinstance(control, (widgets.IntSlider, widgets.BoundedIntText, widgets.Play))
-    numbers = (int, np.integer) if whole else (int, float, np.number)
+    numbers = (int, np.integer) if whole else (int, float, np.integer, np.floating)
     if isinstance(value, bool) or not isinstance(value, numbers) or not low <= value <= high:
         kind = "a whole number " if whole else ""
         raise ValueError(f"{name} must be {kind}from {_text(low)} to {_text(high)}, got {_text(value)}")

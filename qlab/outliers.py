@@ -171,7 +171,8 @@ def kurtosis(x):
     >>> round(kurtosis(torch.randn(100_000, generator=torch.Generator().manual_seed(0))), 1)
     3.0
     """
-    x = torch.as_tensor(real_array(x, "x")).detach().double().flatten()
+    x = real_array(x, "x")
+    x = (x if isinstance(x, torch.Tensor) else torch.from_numpy(x.copy())).detach().double().flatten()
     if x.min() == x.max():
         return float("nan")
     x = x * (0.5 if x.abs().max() > 1 else 2.0**60)  # so that no difference and no power over- or underflows
@@ -401,7 +402,7 @@ def _by_rows(params_for, x):
 
 def check_floats(x, axes=1):
     """A ValueError unless ``x`` is a tensor of floats with so many axes or more."""
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.ndim < axes:
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.ndim < axes or x.layout != torch.strided:
         raise ValueError(f"x must be a tensor of floats with {axes} or more axes, got {described(x)}")
 
 

@@ -216,6 +216,8 @@ def layers(model):
         if type(module) in LAYERS:
             check_layer(module, f"layer {name!r}")
             found[name] = module
+        elif "forward" in vars(module):  # it could call the float layers, whatever stands in their places
+            raise ValueError(f"model must have the forward of its classes, got another for {kind} at {name!r}")
         elif next(module.parameters(recurse=False), None) is not None:
             raise ValueError(f"model must hold no weights outside of Linear and Conv2d, got {kind} at {name!r}")
     if not found:
@@ -479,7 +481,7 @@ def weight_params(weight, weight_bits=8, *, per_channel=False, weight_range="min
         return params
     # In units near the scale, a power of two and so exact, the squares of tiny or huge weights stay within float32.
     unit = torch.ldexp(torch.ones_like(params.scale), -torch.frexp(params.scale).exponent).reshape(-1, 1)
-    rows = (weight.flatten(1) if per_channel else weight.reshape(1, -1)) * unit
+    rows = weight.reshape(len(weight) if per_channel else 1, -1) * unit
     shares = _SHARES.to(weight.device)
     scales = (params.scale.reshape(-1, 1) * unit).T * shares[:, None]  # shares × rows
     chunks = scales.split(max(1, 2**20 // weight.numel()))  # to bound the memory that large layers take
@@ -537,8 +539,11 @@ def record_calls(model, named_layers, images, batch_size, pick):
 
 
 def _replaced(model, quantized_layer):
-    """A copy of the model in eval mode with ``quantized_layer(name, layer)`` in place of each layer."""
-    return copied(model, {id(layer): quantized_layer(name, layer) for name, layer in layers(model).items()})
+    """A copy of the model in eval mode with ``quantized_layer(name, layer)`` in place of each layer.
+
+    It gets a copy of the layer: the weight attribute of a pruned one is that of its last call, which may be an old one.
+    """
+    return copied(model, {id(layer): quantized_layer(name, copied(layer)) for name, layer in layers(model).items()})
 
 
 def _squared_errors(rows, scales, params):

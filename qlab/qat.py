@@ -142,7 +142,7 @@ class EMA(nn.Module):
         if not self.training:
             return fake_quantize(x, self.params())
         seen = torch.stack(real_array(x.detach(), "x").aminmax())
-        ends = self.ends + self.momentum * (seen - self.ends)
+        ends = (self.ends + self.momentum * (seen - self.ends)).to(self.ends)  # float64 may go beyond float32
         params = zero_point_params(ends, self.bits)  # may refuse, and then the range has not moved
         self.ends.copy_(ends)
         self.steps += 1
@@ -263,7 +263,7 @@ class LSQ(nn.Module):
     def forward(self, v):
         v = real_array(v, "v")
         s = _with_gradient_times(_positive(self.scale), self.gradient_scale)
-        return s * round_ste((v / s).clamp(-self.qn, self.qp))
+        return s * _codes(v, s, -self.qn, self.qp)
 
     def params(self, weight=None):
         """`qlab.affine.QParams` with the same levels. ``weight`` plays no part."""
@@ -329,7 +329,7 @@ class LSQPlus(nn.Module):
         x = real_array(x, "x")
         s = _with_gradient_times(_positive(self.scale), self.gradient_scale)
         beta = _with_gradient_times(self.offset, self.gradient_scale)
-        return s * round_ste(((x - beta) / s).clamp(0, self.qp)) + beta
+        return s * _codes(x - beta, s, 0, self.qp) + beta
 
     def params(self):
         """`qlab.affine.QParams` with −β / s rounded to an integer zero-point, within the codes so that 0 is a level."""
@@ -574,6 +574,14 @@ def _unsigned(scale, zero_point, bits):
     """Parameters of the levels scale · (0 … 2^b − 1 − zero_point), in codes around 0, as all of qlab has them."""
     half = 2 ** (bits - 1)
     return QParams(scale, torch.as_tensor(zero_point) - half, -half, half - 1)
+
+
+def _codes(v, s, low, high):
+    """round(clamp(v / s)), straight through where it is inside: outside, the slope of v / s could be infinite."""
+    u = (v / s).detach()
+    ends = u.clamp(low, high)
+    inside = u == ends
+    return torch.where(inside, round_ste(torch.where(inside, v, 0) / s), ends)
 
 
 def _number(value, name, low=-math.inf):

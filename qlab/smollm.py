@@ -356,6 +356,9 @@ def plain_weights(model):
         if hooks or not plain or own.keys() - {"weight"}:
             raise ValueError(f"model must be made of plain layers without hooks, masks and biases, got a "
                              f"{type(module).__name__} {'with hooks ' if hooks else ''}at {name!r}")
+        if isinstance(module, RMSNorm) and module.eps != model.sizes.rms_norm_eps:
+            raise ValueError(f"model must have the eps of its sizes, {model.sizes.rms_norm_eps}, got {module.eps} at "
+                             f"{name!r}")
         weights |= {f"{name}.{key}": value for key, value in own.items()}
     return weights
 
@@ -552,8 +555,8 @@ def weight_names(layer, site):
 def check_tokens(model, tokens):
     """Raise a ValueError unless ``tokens`` is an int64 tensor (N, T), N ≥ 1, T ≥ 2, of the model's tokens."""
     check_model(model)
-    if (not isinstance(tokens, torch.Tensor) or tokens.dtype != torch.int64 or tokens.ndim != 2 or not tokens.numel()
-            or tokens.shape[1] < 2):
+    if (not isinstance(tokens, torch.Tensor) or tokens.dtype != torch.int64 or tokens.layout != torch.strided
+            or tokens.ndim != 2 or not tokens.numel() or tokens.shape[1] < 2):
         raise ValueError(f"tokens must be int64 of shape (N, T) with N at least 1 and T at least 2, got "
                          f"{described(tokens)}")
     weight = model.embedding.weight

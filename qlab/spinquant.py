@@ -653,7 +653,8 @@ def output_error(r, products, bits=4):
     2.66
     """
     errors = []
-    for x, w in products.values():
+    for place in products.values():
+        x, w = map(wide, place)
         turned = x @ _check_orthogonal(r, "r", x.shape[1]).to(x)
         wrong = fake_quantize(turned, params_of(turned, "token", bits)) - turned
         size = (x @ w.T).norm(dim=1)

@@ -141,7 +141,7 @@ def read(model, images):
     """The output of the model for the images; a ValueError if it takes others."""
     try:
         return model(images)
-    except RuntimeError as error:
+    except (RuntimeError, IndexError) as error:
         raise ValueError(f"images must be what the model takes, got shape {tuple(images.shape)} and {images.dtype}: "
                          f"{error}") from error
 
@@ -159,7 +159,8 @@ def logits(model, images, labels):
 def check_labelled(images, labels):
     """A ValueError unless ``images`` are finite, at least one, and ``labels`` holds a class for each."""
     check_images(images)
-    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.layout != torch.strided or (
+            labels.shape != images.shape[:1]):
         raise ValueError(f"labels must be an int64 tensor of shape {tuple(images.shape[:1])}, got {described(labels)}")
     if labels.is_meta or labels.min() < 0:
         raise ValueError(f"labels must be classes, from 0 on, got {labels.min()}")

@@ -35,7 +35,7 @@ from qlab.blocks import (
     pack,
     quantize,
 )
-from qlab.floats import FP4_E2M1, FP8_E4M3, FP16, FP32, decode
+from qlab.floats import FP4_E2M1, FP8_E4M3, FP16, FP32, FloatFormat, decode
 from tests import golden_blocks
 from tests.golden_blocks import LARGEST, MX, RULES
 
@@ -452,3 +452,10 @@ def test_a_format_of_ones_own():
     assert MXFP6_E3M2.levels.max() == 28
     assert MXFP6_E2M3.code_dtype == np.uint8
     assert MXFP8_E4M3.levels.size == 256
+
+
+def test_a_scale_beyond_the_largest_power_is_refused():
+    small = BlockFormat("small", FloatFormat("E2M1b", 2, 1, bias=4, specials="none"), 32)
+    for rule in ("floor", "ceil", "even"):
+        with pytest.raises(ValueError, match=r"scale is at most 2\^127, got 2\^12"):
+            quantize(np.full(32, 3e38, np.float32), replace(small, rule=rule))

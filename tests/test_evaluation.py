@@ -366,3 +366,11 @@ def test_a_head_that_was_changed_in_place_is_noticed():
     model.head.weight.data[7] *= 3
     with pytest.raises(ValueError, match="reference's head must stay as it was"):
         judge.compare(model)
+
+
+def test_a_head_with_exchanged_channels_is_noticed():
+    model = small_model()
+    judge, other = Judge(model, TOKENS), perturbed(model)
+    model.head.weight.data.copy_(model.head.weight.data.flip(1).clone())
+    with pytest.raises(ValueError, match="changed in place"):
+        judge.compare(other)

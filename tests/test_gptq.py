@@ -503,3 +503,22 @@ def test_the_real_model():
         copy = quantized(model, calibration, 4, progress=False, **options)
         error[name] = (logits(copy, held_out) - expected).square().mean().item()
     assert error["order and clipping"] < 0.7 * error["nearest"]
+
+
+@pytest.mark.parametrize("power", [-280, -83, 0, 120, 300])
+def test_codes_do_not_depend_on_the_units_of_h(power):
+    w, x = (torch.tensor(a) for a in layer())
+    h, options = hessian(x), {"ranges": "weighted", "group_size": 4}
+    for dtype in (torch.float32, torch.float64):
+        expected, found = (gptq(w.to(dtype), hessian_, 3, **options)[0] for hessian_ in (h, h * 2.0**power))
+        assert torch.equal(found, expected) and len(expected.unique()) > 4
+
+
+@pytest.mark.parametrize("power", [-90, -70, 55, 70, 100])
+def test_searches_do_not_depend_on_the_units(power):
+    w, x = (torch.tensor(a, dtype=torch.float32) for a in layer())
+    h = torch.arange(1.0, 1 + w.shape[1])
+    for ranges in ("MSE", "weighted"):
+        here, there = (weight_params(m, 3, ranges=ranges, diagonal=h).scale for m in (w, w * 2.0**power))
+        assert torch.equal(there, here * 2.0**power)
+    assert torch.equal(awq_scales(w * 2.0**power, x, 3), awq_scales(w, x, 3))

@@ -821,3 +821,21 @@ def test_the_bias_of_an_output_without_weights(per_channel):
         np.testing.assert_allclose(run_onnx(to_onnx(model, (4,)), images.numpy(), fused=False)["logits"], model(images),
                                    atol=0.01)
     equals_simulation(model, images)
+
+
+@pytest.mark.parametrize("place", ["0", "1", ""])
+def test_hooks_cannot_be_done_in_integers(place):
+    layer = QuantizedLayer(nn.Linear(4, 4), range_params(-1, 1, symmetric=True), grid(-1.0, 1.0))
+    model = nn.Sequential(layer, nn.ReLU())
+    model.get_submodule(place).register_forward_hook(lambda module, inputs, output: output / 4)
+    with pytest.raises(ValueError, match=f"no hooks, got some on the .* at '{place}'"):
+        convert(model, (4,))
+
+
+def test_codes_of_a_layer_that_is_used_twice():
+    layer = QuantizedLayer(nn.Linear(4, 4), range_params(-1, 1, symmetric=True), grid(-1.0, 1.0))
+    model, images = nn.Sequential(layer, nn.ReLU(), layer), np.random.default_rng(0).uniform(-1, 1, (8, 4))
+    net = convert(model, (4,))
+    trace = net.trace(net.quantize_input(images.astype(np.float32)))
+    for name, codes in simulated_codes(model, images).items():
+        np.testing.assert_array_equal(codes, trace[name].inputs)

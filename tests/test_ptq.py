@@ -825,3 +825,33 @@ def test_images_of_another_shape_are_refused(images):
     with pytest.raises(ValueError, match=re.escape(f"images must be what the model takes, got shape "
                                                    f"{tuple(images.shape)}")):
         observe(folded(), images)
+
+
+def test_a_pruned_layer_is_quantized_as_its_next_call_computes():
+    layer = nn.Linear(4, 4)
+    prune.l1_unstructured(layer, "weight", 0.3)
+    model = nn.Sequential(layer)
+    with torch.no_grad():
+        layer.weight_orig.mul_(100)  # layer.weight is the old one, until the layer is called
+    for quantized in (quantize_dynamic(model), quantize_static(model, ONE | {"0": (0, 1)})):
+        weight = layer.weight_orig * layer.weight_mask
+        torch.testing.assert_close(quantized[0].layer.weight, weight, rtol=0, atol=weight.abs().max().item() / 250)
+
+
+def test_a_forward_of_an_object_is_refused():
+    model = nn.Module()
+    model.first = nn.Linear(4, 4)
+    model.forward = lambda x: model.first(x).relu()
+    with pytest.raises(ValueError, match="forward of its classes, got another for Module at ''"):
+        quantize_dynamic(model)
+
+
+def test_images_with_too_few_axes():
+    with pytest.raises(ValueError, match=r"images must be what the model takes, got shape \(5,\)"):
+        observe(nn.Sequential(nn.Flatten(), nn.Linear(1, 2)), torch.rand(5))
+
+
+def test_the_search_takes_weights_with_one_axis():
+    weights = torch.rand(4)
+    found, expected = (weight_params(w, 4, per_channel=True, weight_range="MSE") for w in (weights, weights[:, None]))
+    assert torch.equal(found.scale, expected.scale)

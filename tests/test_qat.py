@@ -744,3 +744,18 @@ def test_lower_ends_that_are_learned_hardly_leave_0():
     learner = prepared_digits("LSQ+", 3, 3, epochs=20)
     assert any(low for low, _ in ranges(learner).values())
     assert all(abs(low) < 0.05 * high for low, high in ranges(learner).values())
+
+
+@pytest.mark.parametrize("s, v", [(1e-20, 1.0), (1e-12, 1e15), (1e-10, 1e20)])
+def test_gradients_far_outside_of_a_small_grid(s, v):
+    lsq, plus = LSQ(8, s, n=1), LSQPlus(8, s, 0.0, n=1)
+    for quantizer, most in ((lsq, 127), (plus, 255)):
+        quantizer(torch.tensor([v])).sum().backward()
+        assert quantizer.scale.grad.item() == pytest.approx(most / math.sqrt(most), rel=1e-5)
+
+
+def test_a_range_beyond_float32_leaves_the_ema_as_it_was():
+    ema = EMA(8, 0.0, 1.0)
+    with pytest.raises(ValueError, match="must be finite"):
+        ema(torch.tensor([1e300, 0.0], dtype=torch.float64))
+    assert ema.range() == (0.0, 1.0)

@@ -1027,3 +1027,10 @@ def test_memory(model):
     before = stages["import qlab.smollm"]
     assert stages["load()"][0] - before[0] < 80e6  # weights are not copied
     assert stages["load()"][0] < stages["perplexity of 4 × 256 tokens"][0]
+
+
+def test_another_eps_is_not_copied():
+    model = small_model()
+    model.blocks[0].attn_norm.eps = 0.1
+    with pytest.raises(ValueError, match=r"eps of its sizes, 1e-05, got 0.1 at 'blocks.0.attn_norm'"):
+        smollm.reweighted(model, {}, "some")
