@@ -577,10 +577,13 @@ def _unsigned(scale, zero_point, bits):
 
 
 def _codes(v, s, low, high):
-    """round(clamp(v / s)), straight through where it is inside: outside, the slope of v / s could be infinite."""
-    u = (v / s).detach()
-    ends = u.clamp(low, high)
-    inside = u == ends
+    """round(clamp(v / s)), straight through where it is inside."""
+    u = v / s
+    least, most = u.detach().aminmax()
+    if (torch.maximum(-least, most) <= torch.finfo(u.dtype).max * s.detach()).all():
+        return round_ste(u.clamp(low, high))
+    ends = u.detach().clamp(low, high)  # outside, u / s, by which torch would multiply a slope of 0, is infinite
+    inside = u.detach() == ends
     return torch.where(inside, round_ste(torch.where(inside, v, 0) / s), ends)
 
 
